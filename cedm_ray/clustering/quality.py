@@ -1,0 +1,79 @@
+"""How well a clustering uses the clusters it was given."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Assignments = Tensor | NDArray[Any]
+"""Cluster of each image, shape ``(N,)``, any integer dtype."""
+
+
+def utilization_ratio(assignments: Assignments, num_clusters: int) -> float:
+    """Share of the available clusters that hold at least one image, r_C = C_u / C.
+
+    Args:
+        assignments: Cluster of each image, shape ``(N,)``, integers in ``[0, C)``.
+        num_clusters: Clusters that the head could have used, C.
+
+    Returns:
+        r_C in ``(0, 1]``.
+
+    Raises:
+        ValueError: If there is no assignment, C is below 1, or an assignment lies outside ``[0, C)``.
+
+    Source: arXiv 2403.00570, Sec. 3.3.
+    """
+    return num_used(assignments, num_clusters) / num_clusters
+
+
+def num_used(assignments: Assignments, num_clusters: int) -> int:
+    """Number of clusters that hold at least one image, C_u.
+
+    Args:
+        assignments: Cluster of each image, shape ``(N,)``, integers in ``[0, C)``.
+        num_clusters: Clusters that the head could have used, C.
+
+    Returns:
+        C_u in ``[1, C]``.
+
+    Raises:
+        ValueError: If there is no assignment, C is below 1, or an assignment lies outside ``[0, C)``.
+    """
+    return int(np.count_nonzero(_counts(assignments, num_clusters)))
+
+
+def cluster_probs(assignments: Assignments, num_clusters: int) -> NDArray[np.float64]:
+    """Share of the images in each cluster, q(c), from which the conditions of sampled images are drawn.
+
+    Args:
+        assignments: Cluster of each image, shape ``(N,)``, integers in ``[0, C)``.
+        num_clusters: Clusters that the head could have used, C.
+
+    Returns:
+        q(c), shape ``(C,)``, float64, sums to 1; 0 for an empty cluster.
+
+    Raises:
+        ValueError: If there is no assignment, C is below 1, or an assignment lies outside ``[0, C)``.
+
+    Source: arXiv 2403.00570, Sec. 3.
+    """
+    counts = _counts(assignments, num_clusters)
+    probs: NDArray[np.float64] = counts / counts.sum()
+    return probs
+
+
+def _counts(assignments: Assignments, num_clusters: int) -> NDArray[np.int64]:
+    """Images per cluster, shape ``(C,)``."""
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters is {num_clusters}; it must be at least 1")
+    values = assignments.detach().cpu().numpy() if isinstance(assignments, Tensor) else np.asarray(assignments)
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"assignments are {values.shape} {values.dtype}; they must be (N,), integers")
+    if values.size == 0:
+        raise ValueError("assignments are empty; at least one image is needed")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= num_clusters:
+        raise ValueError(f"assignments reach from {low} to {high}; they must lie in [0, {num_clusters})")
+    return np.bincount(values.astype(np.int64, copy=False), minlength=num_clusters)

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+from sklearn.metrics.cluster import contingency_matrix
+
+from cedm_ray.clustering.labels import from_labels
+from cedm_ray.clustering.quality import cluster_probs, num_used, utilization_ratio
+
+
+def test_utilization_of_known_assignments() -> None:
+    assert utilization_ratio(torch.tensor([0, 0, 3]), 4) == 0.5
+    assert utilization_ratio(np.array([2], np.uint16), 3) == pytest.approx(1 / 3)
+    assert num_used(np.arange(7), 7) == 7
+
+
+def test_counts_agree_with_sklearn_and_scipy() -> None:
+    assignments = np.random.default_rng(0).choice(50, p=np.arange(50) / 1225, size=300)
+    sizes = contingency_matrix(assignments, np.zeros(300))[:, 0]
+    probs = cluster_probs(assignments, 60)
+    np.testing.assert_allclose(probs[probs > 0], sizes / 300, rtol=1e-15)
+    assert num_used(assignments, 60) == int(rankdata(assignments, method="dense").max())
+    assert probs.dtype == np.float64 and probs.shape == (60,) and probs.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_utilization_does_not_depend_on_order_or_names() -> None:
+    rng = np.random.default_rng(1)
+    assignments = rng.integers(0, 90, size=100)
+    renamed = rng.permutation(90)[rng.permutation(assignments)]
+    assert utilization_ratio(assignments, 90) == utilization_ratio(renamed, 90)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "num_clusters", "message"),
+    [
+        (np.array([0, 4]), 4, r"from 0 to 4; they must lie in \[0, 4\)"),
+        (np.array([-1, 2]), 4, r"from -1 to 2"),
+        (np.array([], np.int64), 4, "empty"),
+        (np.array([0]), 0, "num_clusters is 0; it must be at least 1"),
+        (np.array([0.0, 1.0]), 4, "float64"),
+        (np.array([[0, 1]]), 4, r"are \(1, 2\) int64"),
+    ],
+)
+def test_bad_assignments_are_refused(assignments: np.ndarray, num_clusters: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        utilization_ratio(assignments, num_clusters)
+
+
+def test_labels_become_a_clustering_without_heads() -> None:
+    clustering = from_labels(torch.tensor([1, 1, 0, 3]), 4)
+    assert clustering.utilization_ratio == 0.75
+    np.testing.assert_array_equal(clustering.cluster_probs, [0.25, 0.5, 0, 0.25])
+    assert clustering.best_head is None and clustering.head_losses.size == 0 and (clustering.max_prob == 1).all()
+    assert from_labels(np.array([1, 0], np.uint8), 2).assignments.dtype == np.int64
