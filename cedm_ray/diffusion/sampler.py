@@ -1,0 +1,177 @@
+"""Deterministic sampling: from unit noise and a cluster to an image."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cedm_ray.diffusion.precond import EDMPrecond
+from cedm_ray.diffusion.streams import Purpose, numpy_stream
+
+
+def sigma_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels of the sampler, from ``sigma_max`` down to ``sigma_min`` and then 0.
+
+    Returns:
+        Shape ``(num_steps + 1,)``, float64.
+
+    Raises:
+        ValueError: If ``num_steps`` is below 1, or not 0 < sigma_min < sigma_max.
+
+    Source: arXiv 2206.00364, Eq. 5.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min is {sigma_min}, sigma_max {sigma_max}; needed: 0 < sigma_min < sigma_max")
+    share = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    levels = (high + share * (low - high)) ** rho
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+@torch.no_grad()
+def heun_sample(
+    net: EDMPrecond,
+    latents: Tensor,
+    class_index: Tensor | None = None,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """Integrate the probability flow with Heun's second-order method; 2 num_steps - 1 network calls.
+
+    Args:
+        net: The denoiser, in eval mode.
+        latents: Unit Gaussian noise, shape ``(N, C, R, R)``.
+        class_index: Cluster of each image, shape ``(N,)``, int64, or None.
+        num_steps: Steps of the integration.
+        sigma_min: Lowest noise level above 0.
+        sigma_max: Noise level of the start.
+        rho: Exponent of the spacing; higher puts more steps near ``sigma_min``.
+
+    Returns:
+        Images, shape ``(N, C, R, R)``, float64, about [-1, 1].
+
+    Source: arXiv 2206.00364, Algorithm 1.
+    """
+    # The levels stay on the CPU: a level that is compared or read there never waits for a GPU.
+    levels: list[float] = sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+    x: Tensor = latents.to(torch.float64) * levels[0]
+    for now, after in pairwise(levels):
+        slope = (x - _denoise(net, x, now, class_index)) / now
+        euler = x + (after - now) * slope
+        if after > 0:
+            slope = (slope + (euler - _denoise(net, euler, after, class_index)) / after) / 2
+            euler = x + (after - now) * slope
+        x = euler
+    return x
+
+
+def _denoise(net: EDMPrecond, x: Tensor, sigma: float, class_index: Tensor | None) -> Tensor:
+    level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
+    denoised: Tensor = net(x.to(torch.float32), level, class_index)
+    return denoised.to(torch.float64)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8: x 127.5 + 128, clipped to 0..255, fraction dropped."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Unit Gaussian noise of the images ``indices``; image i depends on ``(seed, i)`` alone.
+
+    Args:
+        seed: Seed of the set of images.
+        indices: Which images, each in ``[0, 2^64)``.
+        shape: Shape of one image.
+        device: Where the result lies; the numbers are drawn on the CPU and so are the same on every device.
+
+    Returns:
+        Shape ``(len(indices), *shape)``, float32.
+    """
+    noise = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in zip(noise, indices, strict=True):
+        numpy_stream(seed, Purpose.NOISE, index).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(noise).to(device)
+
+
+def draw_conditions(seed: int, indices: Sequence[int], cluster_probs: Tensor) -> Tensor:
+    """Draw the cluster of each image from q(c); image i depends on ``(seed, i)`` and q alone.
+
+    The draw inverts the cumulative distribution at one uniform number from a stream of its own: the noise of an
+    image is the same whatever the clustering, so that grids of different clusterings compare image by image.
+
+    Args:
+        seed: Seed of the set of images.
+        indices: Which images.
+        cluster_probs: q(c), shape ``(C,)``, non-negative; it is normalised to sum 1.
+
+    Returns:
+        Shape ``(len(indices),)``, int64 in ``[0, C)``, on the CPU; a cluster of probability 0 is never drawn.
+
+    Raises:
+        ValueError: If ``cluster_probs`` is negative, not finite, or sums to 0.
+
+    Source: arXiv 2403.00570, Sec. 3.2.
+    """
+    probs = cluster_probs.detach().to("cpu", torch.float64).numpy()
+    if probs.ndim != 1 or not np.isfinite(probs).all() or (probs < 0).any() or probs.sum() <= 0:
+        raise ValueError("cluster_probs must be one row of finite, non-negative numbers with a positive sum")
+    cumulative = probs.cumsum()
+    # Divided by its own last entry it ends at exactly 1, so no uniform number falls behind the last used cluster.
+    cumulative /= cumulative[-1]
+    uniform = np.array([numpy_stream(seed, Purpose.CONDITION, index).random() for index in indices])
+    return torch.from_numpy(np.searchsorted(cumulative, uniform, side="right").astype(np.int64))
+
+
+@torch.no_grad()
+def generate(
+    net: EDMPrecond,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    cluster_probs: Tensor | None,
+    batch_size: int,
+    num_steps: int = 18,
+    device: torch.device | str,
+) -> Iterator[Tensor]:
+    """Generate the images ``indices`` of the set ``seed``, one batch after another.
+
+    Args:
+        net: The denoiser, on ``device``; it is used in eval mode, and its mode is restored after each batch.
+        seed: Seed of the set of images.
+        indices: Which images; split them over processes as you like, image i stays the same.
+        cluster_probs: q(c), shape ``(label_dim,)``; None for an unconditional network.
+        batch_size: Images that are computed together.
+        num_steps: Steps of the integration.
+        device: Where to compute.
+
+    Yields:
+        Images, shape ``(B, C, R, R)``, uint8, on ``device``, in the order of ``indices``.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1, or ``cluster_probs`` does not fit the network.
+    """
+    expected = None if net.label_dim == 0 else (net.label_dim,)
+    given = None if cluster_probs is None else tuple(cluster_probs.shape)
+    if given != expected:
+        raise ValueError(f"cluster_probs has shape {given}; the network has label_dim {net.label_dim}: pass {expected}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        noise = initial_noise(seed, part, shape, device)
+        clusters = None if cluster_probs is None else draw_conditions(seed, part, cluster_probs).to(device)
+        training = net.training
+        net.eval()
+        try:
+            images = to_uint8(heun_sample(net, noise, clusters, num_steps))
+        finally:
+            net.train(training)
+        yield images

@@ -1,0 +1,100 @@
+"""A training run in one safetensors file, exact to the bit."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cedm_ray.diffusion.train import TrainState
+
+FORMAT = "cedm_ray.diffusion.train_state/1"
+
+
+def save_state(state: TrainState, path: Path) -> None:
+    """Write network, moving average, Adam's moments and the image count.
+
+    The file appears whole or not at all: it is written beside its place and moved there.
+
+    Args:
+        state: The run.
+        path: File to write, by custom ``*.safetensors``; its folder exists.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "nimg": str(state.nimg)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(state: TrainState, path: Path) -> None:
+    """Put a saved run into a state of the same network; training then continues bit for bit.
+
+    Args:
+        state: As from `new_state`; changed in place, and untouched if an error is raised.
+        path: File from `save_state`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no training state, or one of another network.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {metadata.get('format')!r}; a training state has {FORMAT!r}")
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    own = _tensors(state)
+    slots = {f"{kind}.{name}": parameter for name, parameter in state.net.named_parameters()
+             for kind in ("adam.exp_avg", "adam.exp_avg_sq")}  # fmt: skip
+    steps = {f"adam.step.{name}": torch.zeros(()) for name, _ in state.net.named_parameters()}
+    started = any(name.startswith("adam.") for name in saved)
+    needed = {name: tensor for name, tensor in own.items() if not name.startswith("adam.")}
+    needed |= {**slots, **steps} if started else {}
+    _check_fit(path, saved, needed)
+
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if not name.startswith("adam."):
+                tensor.copy_(saved[name])
+    _load_adam(state, saved if started else {})
+    state.nimg = int(metadata["nimg"])
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {f"net.{name}": tensor for name, tensor in state.net.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for name, parameter in state.net.named_parameters():
+        # Empty before the first step: Adam makes its moments when it needs them.
+        for kind, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{kind}.{name}"] = value
+    return tensors
+
+
+def _check_fit(path: Path, saved: dict[str, Tensor], needed: dict[str, Tensor]) -> None:
+    missing = sorted(needed.keys() - saved.keys())
+    unexpected = sorted(saved.keys() - needed.keys())
+    shapes = [
+        f"{name} {tuple(saved[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in needed.items()
+        if name in saved and saved[name].shape != tensor.shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{path} holds another network's run: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"other shapes {shapes[:5]}; use the settings that it was trained with"
+        )
+
+
+def _load_adam(state: TrainState, saved: dict[str, Tensor]) -> None:
+    names = [name for name, _ in state.net.named_parameters()]
+    moments = {
+        number: {kind: saved[f"adam.{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        for number, name in enumerate(names)
+        if saved
+    }
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})

@@ -1,0 +1,192 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cedm_ray.diffusion.order import EpochOrder
+from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
+from cedm_ray.diffusion.state_io import load_state, save_state
+from cedm_ray.diffusion.streams import Purpose, torch_seed
+from cedm_ray.diffusion.train import TrainState, new_state, train
+from cedm_ray.errors import UserError
+
+NET = NetSettings(8, (1, 2), 1, (4,), 0.2)
+SETTINGS = TrainSettings(total_batch=8, lr=2e-3, lr_rampup_kimg=0.05, augment_prob=0.3, ema_halflife_kimg=0.02)
+
+
+def data(n: int = 20) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    clusters = torch.arange(n) % 3
+    images = (torch.rand(n, 1, 8, 8, generator=generator) * 40 + 80 * clusters[:, None, None, None]).to(torch.uint8)
+    return images, clusters
+
+
+def start(seed: int = 0, net: NetSettings = NET, augment: bool = True) -> TrainState:
+    torch.manual_seed(seed)
+    return new_state(build_net(net, 8, 1, 3, augment))
+
+
+def tensors(state: TrainState) -> list[Tensor]:
+    moments = [value for slot in state.optimizer.state.values() for value in slot.values()]
+    return [*state.net.state_dict().values(), *state.ema.state_dict().values(), *moments]
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return a.nimg == b.nimg and all(torch.equal(x, y) for x, y in pairs)
+
+
+def run(state: TrainState, stop_nimg: int, settings: TrainSettings = SETTINGS, seed: int = 1) -> list[float]:
+    images, clusters = data()
+    steps = train(state, images, clusters, settings=settings, stop_nimg=stop_nimg, seed=seed)
+    return [float(progress.loss) for progress in steps]
+
+
+def test_the_loss_falls_on_a_tiny_set() -> None:
+    settings = TrainSettings(total_batch=32, lr=4e-3, lr_rampup_kimg=0.1, augment_prob=0.0)
+    state = start(net=NetSettings(8, (1, 2), 1, (), 0.0))
+    losses = run(state, 32 * 60, settings)
+    assert sum(losses[-15:]) / 15 < 0.6 * sum(losses[:5]) / 5
+
+
+def test_a_run_that_is_saved_and_continued_equals_an_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
+    whole = start()
+    losses = run(whole, 32)
+    assert len(losses) == 4
+
+    first = start()
+    head = run(first, 16)
+    save_state(first, tmp_path / "state.safetensors")
+    torch.manual_seed(99)  # the global generator's state must not matter
+    second = start(seed=7)
+    load_state(second, tmp_path / "state.safetensors")
+    assert same(second, first)
+    assert head + run(second, 32) == losses
+    assert same(second, whole)
+    assert not same(first, whole)
+
+
+def test_a_state_before_the_first_step_is_saved_and_loaded(tmp_path: Path) -> None:
+    save_state(start(), tmp_path / "state.safetensors")
+    state = start(seed=7)
+    run(state, 16)
+    load_state(state, tmp_path / "state.safetensors")
+    run(state, 16)
+    expected = start()
+    run(expected, 16)
+    assert same(state, expected)
+
+
+def test_a_state_of_another_network_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    save_state(start(net=NetSettings(12, (1, 2), 1, (), 0.2)), tmp_path / "state.safetensors")
+    state = start()
+    with pytest.raises(ValueError, match="another network"):
+        load_state(state, tmp_path / "state.safetensors")
+    assert same(state, start())
+
+
+def test_saving_leaves_no_partial_file(tmp_path: Path) -> None:
+    save_state(start(), tmp_path / "state.safetensors")
+    save_state(start(), tmp_path / "state.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_training_leaves_the_global_generator_alone() -> None:
+    state = start()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run(state, 16)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_progress_counts_images_and_ramps_the_learning_rate() -> None:
+    state = start()
+    images, clusters = data()
+    steps = list(train(state, images, clusters, settings=SETTINGS, stop_nimg=60, seed=0))
+    assert [step.nimg for step in steps] == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert [step.lr for step in steps] == pytest.approx([2e-3 * min(n / 50, 1) for n in range(8, 65, 8)])
+    assert state.nimg == 64
+    assert not steps[0].loss.requires_grad
+    assert list(train(state, images, clusters, settings=SETTINGS, stop_nimg=60, seed=0)) == []
+
+
+def test_one_step_is_adam_on_the_mean_over_the_batch_of_the_summed_loss() -> None:
+    # Adam's first step moves each weight by lr g / (|g| + eps), whatever the gradient's size.
+    state, before = start(), start()
+    run(state, 8, TrainSettings(total_batch=8, lr=1e-3, lr_rampup_kimg=0.0, augment_prob=0.3))
+    for (name, new), old in zip(state.net.named_parameters(), before.net.parameters(), strict=True):
+        assert new.grad is not None
+        expected = old - 1e-3 * new.grad / (new.grad.abs() + 1e-8)
+        torch.testing.assert_close(new, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_gradients_that_are_no_numbers_are_replaced() -> None:
+    state = start()
+    weight = state.net.model.out_conv.bias
+    weight.register_hook(lambda grad: torch.full_like(grad, float("nan")))
+    state.net.model.out_norm.bias.register_hook(lambda grad: torch.full_like(grad, -float("inf")))
+    run(state, 8)
+    assert weight.grad is not None and not weight.grad.any()
+    assert state.net.model.out_norm.bias.grad is not None
+    assert torch.equal(state.net.model.out_norm.bias.grad, torch.full_like(state.net.model.out_norm.bias, -1e5))
+    assert all(parameter.isfinite().all() for parameter in state.net.parameters())
+
+
+@pytest.mark.parametrize("batch", [7, 20, 33])
+def test_every_image_is_taken_once_per_epoch(batch: int) -> None:
+    order = EpochOrder(20, seed=0)
+    row = torch.cat([order.take(start, batch) for start in range(0, 20 * batch, batch)])
+    epochs = row.reshape(-1, 20)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(20).expand(len(epochs), 20))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs)
+
+
+def test_the_order_is_the_same_however_it_is_sliced() -> None:
+    whole = EpochOrder(20, seed=4).take(0, 96)
+    slices = [EpochOrder(20, seed=4).take(start, 12) for start in range(0, 96, 12)]
+    assert torch.equal(torch.cat(slices), whole)
+    assert not torch.equal(EpochOrder(20, seed=5).take(0, 96), whole)
+
+
+def test_streams_of_other_counters_and_purposes_have_other_seeds() -> None:
+    seeds = {
+        torch_seed(seed, purpose, nimg, rank)
+        for seed in range(3) for purpose in Purpose for nimg in range(0, 80, 8) for rank in range(4)
+    }  # fmt: skip
+    assert len(seeds) == 3 * len(Purpose) * 10 * 4
+    with pytest.raises(ValueError, match="seed is -1"):
+        torch_seed(-1, Purpose.STEP)
+
+
+def test_mistakes_are_named_before_the_first_step() -> None:
+    images, clusters = data()
+    state = start()
+
+    def attempt(images: Tensor = images, clusters: Tensor | None = clusters, **changes: object) -> None:
+        settings = TrainSettings(**{"total_batch": 8, **changes})  # type: ignore[arg-type]
+        train(state, images, clusters, settings=settings, stop_nimg=8, seed=0)
+
+    attempt()
+    for pattern, case in {
+        "uint8": lambda: attempt(images=images.float()),
+        "class_index is None": lambda: attempt(clusters=None),
+        r"must lie in \[0, 3\)": lambda: attempt(clusters=clusters + 1),
+        "int64": lambda: attempt(clusters=clusters[:5]),
+        "sigma_data": lambda: attempt(sigma_data=0.7),
+    }.items():
+        with pytest.raises(ValueError, match=pattern):
+            case()
+    with pytest.raises(ValueError, match="augment"):
+        train(start(augment=False), images, clusters, settings=SETTINGS, stop_nimg=8, seed=0)
+    with pytest.raises(ValueError, match=r"torch.distributed says 0 of 1"):
+        train(state, images, clusters, settings=SETTINGS, stop_nimg=8, seed=0, rank=1, world_size=2)
+
+
+def test_a_batch_that_cannot_be_split_says_what_can() -> None:
+    assert local_batch(12, 3) == 4
+    with pytest.raises(UserError, match="set it to 9 or 6"):
+        local_batch(8, 3)
+    with pytest.raises(UserError, match=r"set it to 3$"):
+        local_batch(2, 3)

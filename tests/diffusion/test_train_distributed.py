@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cedm_ray.diffusion.order import EpochOrder
+from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
+from cedm_ray.diffusion.train import TrainState, _backward, new_state, train
+
+WORLD = 2
+SETTINGS = TrainSettings(total_batch=8, lr=2e-3, lr_rampup_kimg=0.0, augment_prob=0.3)
+
+
+def start() -> TrainState:
+    torch.manual_seed(0)
+    return new_state(build_net(NetSettings(8, (1, 2), 1, (4,), 0.2), 8, 1, 3, augment=True))
+
+
+def data() -> tuple[Tensor, Tensor]:
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(20) % 3
+
+
+def gradients(state: TrainState) -> dict[str, Tensor]:
+    return {f"grad.{name}": p.grad.clone() for name, p in state.net.named_parameters() if p.grad is not None}
+
+
+def worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    try:
+        state = start()
+        images, clusters = data()
+
+        def go(stop_nimg: int) -> list[float]:
+            steps = train(state, images, clusters, settings=SETTINGS, stop_nimg=stop_nimg, seed=0,
+                          rank=rank, world_size=WORLD)  # fmt: skip
+            return [float(step.loss) for step in steps]
+
+        losses = go(8)
+        first = gradients(state)
+        losses += go(24)  # a second call wraps the same network again
+        save_file(
+            {**first, **state.net.state_dict(), **{f"ema.{k}": v.clone() for k, v in state.ema.state_dict().items()},
+             "losses": torch.tensor(losses)},
+            folder / f"{rank}.safetensors",
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_stay_identical_and_average_their_gradients(tmp_path: Path) -> None:
+    # Run as scripts: a spawned process could not import a test module that lies outside every package.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(WORLD)]
+    workers = [subprocess.Popen(command, env=env) for command in commands]
+    try:
+        assert [process.wait(timeout=120) for process in workers] == [0] * WORLD
+    finally:
+        for process in workers:
+            process.kill()
+    zero, one = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
+    assert not torch.equal(zero.pop("losses"), one.pop("losses"))  # each has its own half of the batch
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+
+    # Each process's own gradient, computed alone: its half of the same batch, its own random numbers.
+    images, clusters = data()
+    alone = []
+    for rank in range(WORLD):
+        state = start()
+        half = EpochOrder(20, 0).take(rank * 4, 4)
+        y = images[half].float() / 127.5 - 1
+        _backward(state.net, state, y, clusters[half], SETTINGS, 0, rank)
+        alone.append(gradients(state))
+    for name, gradient in alone[0].items():
+        mean = (gradient + alone[1][name]) / 2
+        torch.testing.assert_close(zero[name], mean, atol=1e-6 * float(mean.abs().max()) + 1e-7, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))
