@@ -1,0 +1,106 @@
+"""Tables of trials and probes, for the terminal, for Markdown and for a spreadsheet."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from cedm_ray.report.rows import Row, metric_title
+
+
+def trials_table(rows: Sequence[Row], metric: str, best: int | None) -> Table:
+    """All trials, ordered by the number of clusters, for the terminal; 80 columns are enough.
+
+    Args:
+        rows: Trials; probes are left out.
+        metric: Name of the score, lower is better.
+        best: Number of clusters to mark with a star, or None.
+
+    Returns:
+        The table; print it with a ``rich.console.Console``.
+    """
+    table = _table("Trials by number of clusters", metric)
+    for row in _ordered(rows, probes=False):
+        is_best = row.num_clusters == best and row.state == "complete"
+        cells = _cells(row)
+        table.add_row(f"* {cells[0]}" if is_best else cells[0], *cells[1:], style="bold" if is_best else None)
+    if best is not None:
+        table.caption = "* best number of clusters"
+    return table
+
+
+def probes_table(rows: Sequence[Row], *, utilization_cutoff: float, c_max: int | None) -> Table:
+    """All that is known of r_C, ordered by the number of clusters: probes, and the clusterings of trials.
+
+    Args:
+        rows: Probes and trials; those without r_C are left out.
+        utilization_cutoff: Value of r_C at which C_max is found.
+        c_max: The upper bound that was found, or None while it is unknown.
+
+    Returns:
+        The table; print it with a ``rich.console.Console``.
+    """
+    table = Table(title="Share of clusters used", box=box.ASCII2, title_justify="left", caption_justify="left")
+    table.add_column("C", justify="right")
+    table.add_column("r_C", justify="right")
+    table.add_column("against the cutoff")
+    known = [row for row in rows if row.utilization_ratio is not None]
+    for row in sorted(known, key=lambda row: (row.num_clusters, row.state)):
+        ratio = row.utilization_ratio or 0.0
+        table.add_row(str(row.num_clusters), f"{ratio:.4f}", "above" if ratio > utilization_cutoff else "at or below")
+    table.caption = f"cutoff {utilization_cutoff:g}; C_max {'not found yet' if c_max is None else c_max}"
+    return table
+
+
+def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None) -> str:
+    """All rows as a Markdown table, the best number of clusters in bold."""
+    header = _header(metric)
+    lines = ["| " + " | ".join(header) + " |", "|---:|---:|---:|---:|:---|:---|"]
+    for row in _ordered(rows):
+        cells = [cell.replace("|", "\\|") for cell in _cells(row)]
+        if row.num_clusters == best and row.state == "complete":
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(rows: Sequence[Row], metric: str) -> str:
+    """All rows as CSV at full precision; what is unknown is an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["num_clusters", "utilization_ratio", "kimg", metric, "state", "grouping"])
+    for row in _ordered(rows):
+        writer.writerow([row.num_clusters, row.utilization_ratio, row.kimg, row.score, row.state, row.grouping])
+    return out.getvalue()
+
+
+def _header(metric: str) -> list[str]:
+    return ["C", "r_C", "kimg", metric_title(metric), "state", "grouping"]
+
+
+def _table(title: str, metric: str) -> Table:
+    # Plain characters: the table also goes to log files and to terminals without Unicode.
+    table = Table(title=title, box=box.ASCII2, title_justify="left", caption_justify="left")
+    for i, name in enumerate(_header(metric)):
+        table.add_column(name, justify="right" if i < 4 else "left", no_wrap=i < 5, overflow="fold")
+    return table
+
+
+def _ordered(rows: Sequence[Row], *, probes: bool = True) -> list[Row]:
+    return sorted(
+        (row for row in rows if probes or row.state != "probe"),
+        key=lambda row: (row.num_clusters, row.grouping, row.state, row.kimg),
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        str(row.num_clusters),
+        "-" if row.utilization_ratio is None else f"{row.utilization_ratio:.4f}",
+        f"{row.kimg:,.0f}" if row.kimg >= 100 or row.kimg == int(row.kimg) else f"{row.kimg:.1f}",
+        "-" if row.score is None else f"{row.score:.4g}",
+        row.state,
+        row.grouping,
+    ]
