@@ -1,0 +1,406 @@
+"""One frozen, typed tree of settings: read from a search-space file, overridden by flags, checked once."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cedm_ray.clustering.temi_settings import TemiSettings
+from cedm_ray.data.registry import KNOWN_DATASETS
+from cedm_ray.diffusion.settings import NetSettings, TrainSettings
+from cedm_ray.errors import UserError
+
+_PACKAGE_DIR = Path(__file__).resolve().parent
+
+
+def _require(ok: bool, name: str, value: object, bound: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}; it must {bound}")
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    batch_size: int = 128
+    """Images that go through the backbone at once."""
+    num_actors: int = 1
+    """Processes that hold a copy of the backbone."""
+    cpus_per_actor: float = 1.0
+    """CPUs of each of them; all together stay below the CPUs of the cluster."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        _require(self.num_actors >= 1, "num_actors", self.num_actors, "be at least 1")
+        _require(self.cpus_per_actor > 0, "cpus_per_actor", self.cpus_per_actor, "be above 0")
+
+
+@dataclass(frozen=True)
+class BoundSettings:
+    c_start: int = 100
+    """Number of clusters of the first probe."""
+    cutoff: float = 0.96
+    """C_max is the first C at which the share of used clusters r_C falls to this."""
+    resolution: int = 10
+    """Bisection ends when the bracket is at most this many clusters wide."""
+
+    def __post_init__(self) -> None:
+        _require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
+        _require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
+        _require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
+
+
+@dataclass(frozen=True)
+class DiffusionSettings(NetSettings, TrainSettings):
+    """The network and its training, in one group of flags."""
+
+    def __post_init__(self) -> None:
+        NetSettings.__post_init__(self)
+        TrainSettings.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class GranularitySettings:
+    num_trials: int = 15
+    """Numbers of clusters C to try."""
+    total_kimg: int = 100_000
+    """Training of a trial that is not stopped early, in thousands of images seen."""
+    grace_kimg: int = 12_500
+    """First rung of early stopping, in thousands of images seen; the next ones follow by the reduction factor."""
+    reduction_factor: float = 2.0
+    """One in this many trials goes on from each rung."""
+    startup_trials: int = 5
+    """Trials of a log-spaced design over [2, C_max) before the sampler takes over."""
+    max_concurrent: int | None = None
+    """Trials at once (as many as the cluster holds, when not given)."""
+    baselines: bool = True
+    """Also train without conditioning (C = 1) and, where labels exist, on the labels."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_trials >= 1, "num_trials", self.num_trials, "be at least 1")
+        _require(self.grace_kimg >= 1, "grace_kimg", self.grace_kimg, "be at least 1")
+        _require(
+            self.total_kimg >= self.grace_kimg,
+            "total_kimg",
+            self.total_kimg,
+            f"be at least grace_kimg ({self.grace_kimg})",
+        )
+        _require(self.reduction_factor > 1, "reduction_factor", self.reduction_factor, "be above 1")
+        _require(self.startup_trials >= 1, "startup_trials", self.startup_trials, "be at least 1")
+        _require(
+            self.max_concurrent is None or self.max_concurrent >= 1,
+            "max_concurrent",
+            self.max_concurrent,
+            "be at least 1",
+        )
+
+    def rungs_kimg(self) -> tuple[int, ...]:
+        """Where a trial is scored, in kimg: grace, grace * eta, ... and the end, ascending."""
+        rungs = []
+        rung = float(self.grace_kimg)
+        while rung < self.total_kimg:
+            rungs.append(round(rung))
+            rung *= self.reduction_factor
+        return (*rungs, self.total_kimg)
+
+
+@dataclass(frozen=True)
+class FinalSettings:
+    total_kimg: int = 200_000
+    """Training of the best C, in thousands of images seen."""
+    num_sets: int = 3
+    """Independent sets of images in the final score."""
+    num_images: int = 50_000
+    """Images in each of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.total_kimg >= 1, "total_kimg", self.total_kimg, "be at least 1")
+        _require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
+        _require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    detector: Literal["lenet", "backbone"] = "backbone"
+    """Features of the Frechet distance: a small classifier trained on the dataset's labels, or the backbone."""
+    num_images: int = 50_000
+    """Images that a trial generates at each rung."""
+    num_steps: int = 18
+    """Steps of the sampler; the network is evaluated 2 * num_steps - 1 times an image."""
+    batch_size: int = 256
+    """Images generated at once by each worker."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
+        _require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+
+
+@dataclass(frozen=True)
+class ResourceSettings:
+    num_workers: int = 2
+    """Processes of one training (data parallel)."""
+    cpus_per_worker: float = 1.0
+    """CPUs of each of them."""
+    gpus_per_worker: float | None = None
+    """GPUs of each of them (when not given: 1 where the cluster has GPUs, else 0)."""
+    cpus_per_probe: float = 2.0
+    """CPUs of one clustering (at most what the cluster has)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, "num_workers", self.num_workers, "be at least 1")
+        _require(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "be above 0")
+        _require(
+            self.gpus_per_worker is None or self.gpus_per_worker >= 0,
+            "gpus_per_worker",
+            self.gpus_per_worker,
+            "be at least 0",
+        )
+        _require(self.cpus_per_probe > 0, "cpus_per_probe", self.cpus_per_probe, "be above 0")
+
+
+class Choice(BaseModel):
+    """One of the given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["choice"]
+    values: tuple[int | float | str | bool, ...] = Field(min_length=1)
+
+
+class Range(BaseModel):
+    """A number in [low, high], on a linear or a logarithmic scale."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["uniform", "loguniform", "randint", "lograndint"]
+    low: float
+    high: float
+
+    def ends(self) -> tuple[float, float] | tuple[int, int]:
+        """Low and high, as integers where the domain is of integers."""
+        return (int(self.low), int(self.high)) if self.kind.endswith("randint") else (self.low, self.high)
+
+
+Domain = Annotated[Choice | Range, Field(discriminator="kind")]
+
+
+class SearchConfig(BaseModel):
+    """Find the number of clusters on which a conditional diffusion model of these images does best."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    dataset: str = "digits"
+    """digits, cifar10, cifar100, or the path of a folder of PNG, JPEG or WebP images."""
+    data_dir: Path = Path("data")
+    """Folder where the archives of the named datasets are, or are downloaded to."""
+    resolution: int | None = None
+    """Side of the images in pixels; a folder of images needs it."""
+    max_images: int | None = None
+    """Use only the first so many images (for trying things out)."""
+    search_space: Path | None = None
+    """YAML file with the settings to start from (when not given: the dataset's in search_spaces/)."""
+    backbone: str = "vit_base_patch16_224.dino"
+    """Model that turns an image into an embedding: a timm name, or pixels."""
+    backbone_weights: Path | None = None
+    """File with its weights (safetensors, or tensors-only .pt/.pth)."""
+    num_neighbors: int = 50
+    """Nearest neighbours of each image, from which clustering draws its pairs."""
+    storage_path: Path = Path("runs")
+    """Folder for everything that is made; on a cluster, one that all nodes share."""
+    tracking_uri: str | None = None
+    """MLflow tracking server (when not given: a database in the storage folder)."""
+    seed: int = 0
+    """Seed of everything random."""
+    embed: EmbedSettings = EmbedSettings()
+    temi: TemiSettings = TemiSettings()
+    bound: BoundSettings = BoundSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    score: ScoreSettings = ScoreSettings()
+    granularity: GranularitySettings = GranularitySettings()
+    final: FinalSettings = FinalSettings()
+    resources: ResourceSettings = ResourceSettings()
+    space: tyro.conf.Suppress[dict[str, Domain]] = {}
+    """Other settings to search over: dotted path to domain (search-space file only)."""
+
+    def with_values(self, values: Mapping[str, Any]) -> SearchConfig:
+        """The same settings with others at the given dotted paths, checked again.
+
+        Raises:
+            UserError: If a value is out of its range.
+        """
+        return _validated(self.tree_with(values), "search space")
+
+    def tree_with(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings as nested dictionaries, with others at the given dotted paths, unchecked."""
+        tree = self.model_dump()
+        for path, value in values.items():
+            *sections, leaf = path.split(".")
+            node = tree
+            for section in sections:
+                node = node[section]
+            node[leaf] = value
+        return tree
+
+
+def _consistent(config: SearchConfig) -> SearchConfig:
+    """Refuse what no single type can: numbers out of range, and settings that contradict one another."""
+    for name in ("resolution", "max_images", "num_neighbors"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    workers, batch = config.resources.num_workers, config.diffusion.total_batch
+    if batch % workers:
+        raise UserError(
+            f"diffusion.total_batch is {batch}; it must be a multiple of resources.num_workers ({workers}): "
+            f"set --diffusion.total-batch {batch // workers * workers + workers}"
+        )
+    if config.final.total_kimg < config.granularity.total_kimg:
+        raise UserError(
+            f"final.total_kimg is {config.final.total_kimg}; it must be at least granularity.total_kimg "
+            f"({config.granularity.total_kimg})"
+        )
+    for path, domain in config.space.items():
+        _check_domain(config, path, domain)
+    return config
+
+
+def _check_domain(config: SearchConfig, path: str, domain: Choice | Range) -> None:
+    """Refuse a domain whose path names no setting or whose values that setting does not take."""
+    node: Any = config.model_dump()
+    for part in path.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise UserError(f"space.{path} names no setting{_did_you_mean(part, node)}")
+        node = node[part]
+    if isinstance(domain, Range) and not domain.low <= domain.high:
+        raise UserError(f"space.{path}: low is {domain.low:g}; it must be at most high ({domain.high:g})")
+    for value in domain.values if isinstance(domain, Choice) else domain.ends():
+        _validated(config.tree_with({path: value}), f"space.{path}")
+
+
+def _did_you_mean(word: str, known: object) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(known, dict) else []
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def space_file(dataset: str) -> Path:
+    """The search-space file of a dataset: its own for a named one, folder.yaml for a folder of images.
+
+    In a checkout search_spaces/ stands beside the package, in an installed wheel inside it.
+    """
+    beside = _PACKAGE_DIR.parent / "search_spaces"
+    folder = beside if beside.is_dir() else _PACKAGE_DIR / "search_spaces"
+    named = folder / f"{dataset}.yaml"
+    return named if dataset in KNOWN_DATASETS and named.is_file() else folder / "folder.yaml"
+
+
+def read_space_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, read with the safe loader.
+
+    Raises:
+        UserError: If the file is missing, is not YAML, or holds something else than a map.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"search space {path} cannot be read ({reason}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"search space {path} is not plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"search space {path} holds no settings; it must be a map such as 'temi: {{num_heads: 50}}'")
+    return tree
+
+
+def _validated(tree: Mapping[str, Any], origin: str) -> SearchConfig:
+    try:
+        return SearchConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from error
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first finding of pydantic in one line, with the dotted path of the setting."""
+    first = error.errors()[0]
+    *sections, leaf = [str(part) for part in first["loc"]] or [""]
+    path = ".".join([*sections, leaf])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        node: Any = SearchConfig().model_dump()
+        for section in sections:
+            node = node.get(section, {})
+        return f"{path} is not a setting{_did_you_mean(leaf, node)}"
+    if first["type"] == "value_error":
+        return f"{path}: {first['ctx']['error']}" if path else str(first["ctx"]["error"])
+    return f"{path} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _flag(argv: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last one given."""
+    value = None
+    for here, after in itertools.zip_longest(argv, argv[1:]):
+        if here == name:
+            value = after
+        elif here.startswith(f"{name}="):
+            value = here.removeprefix(f"{name}=")
+    return value
+
+
+def load(argv: Sequence[str]) -> SearchConfig:
+    """The settings of one search: the dataset's search-space file with the flags on top.
+
+    Args:
+        argv: Flags of the command line, without the program's name.
+
+    Raises:
+        UserError: If a flag, a key or a value is wrong; the message is one line.
+        SystemExit: With status 0 after ``--help``.
+    """
+    dataset = _flag(argv, "--dataset")
+    chosen = _flag(argv, "--search-space")
+    path = Path(chosen) if chosen else space_file(dataset or "digits")
+    tree = read_space_file(path)
+    if dataset is not None:
+        tree = {**tree, "dataset": dataset}
+    return _consistent(_parsed(argv, _validated(tree, str(path))))
+
+
+def _parsed(argv: Sequence[str], default: SearchConfig) -> SearchConfig:
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(SearchConfig, prog="python -m cedm_ray.search", default=default, args=list(argv))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_unboxed(complaint.getvalue())) from stop
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says in a box of several lines, as one line."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
+    said = []
+    for number, line in enumerate(lines):
+        if number and not line:  # the rule under the message; what follows repeats the help text
+            break
+        said.append(line)
+    message = " ".join(" ".join(said[1:] or said).split())
+    return f"{message.removeprefix('Error parsing ')} (--help lists every flag)"
+
+
+def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
+    """What of the settings decides the result, as plain JSON values.
+
+    Where things are stored, and how many processes embed or cluster, is left out; the number of training workers
+    stays, because each worker draws its own noise.
+    """
+    tree = config.model_dump(mode="json")
+    for name in ("storage_path", "tracking_uri", "data_dir", "search_space", "backbone_weights", "embed", "resources"):
+        tree.pop(name)
+    tree["granularity"].pop("max_concurrent")
+    return {**tree, "num_workers": config.resources.num_workers}

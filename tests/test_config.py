@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cedm_ray.config import fingerprint_tree, load, space_file
+from cedm_ray.errors import UserError
+
+SPACES = sorted(Path("search_spaces").resolve().glob("*.yaml")) or sorted(
+    (Path(__file__).parents[1] / "search_spaces").glob("*.yaml")
+)
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_search_space_is_valid_and_says_what_it_changes(path: Path) -> None:
+    config = load(["--search-space", str(path)])
+    tree = config.model_dump(mode="json")
+    stated = yaml.safe_load(path.read_text())
+    for section, value in stated.items():
+        if isinstance(value, dict):
+            assert {name: tree[section][name] for name in value} == value
+        else:
+            assert tree[section] == value
+
+
+def test_the_paper_s_settings_are_the_defaults_for_cifar() -> None:
+    config = load(["--dataset", "cifar100"])
+    temi, diffusion = config.temi, config.diffusion
+    assert (temi.num_heads, temi.hidden_dim, temi.bottleneck_dim, temi.gamma) == (50, 512, 256, 0.6)
+    assert (temi.probs_momentum, temi.teacher_momentum, temi.batch_size, temi.epochs) == (0.9, 0.996, 512, 200)
+    assert (temi.lr, temi.weight_decay, temi.student_temperature, temi.teacher_temperature) == (1e-4, 1e-4, 0.1, 0.1)
+    assert (diffusion.total_batch, diffusion.lr, diffusion.dropout, diffusion.augment_prob) == (1024, 1e-3, 0.13, 0.12)
+    assert (diffusion.model_channels, diffusion.channel_mult, diffusion.num_blocks) == (128, (2, 2, 2), 4)
+    assert (config.granularity.total_kimg, config.final.total_kimg, config.bound.cutoff) == (100_000, 200_000, 0.96)
+    assert config.backbone == "vit_base_patch16_224.dino" and config.num_neighbors == 50
+
+
+def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("temi: {gamma: 0.7, num_heads: 3}\n")
+    config = load(["--search-space", str(path), "--temi.num-heads", "5"])
+    assert (config.temi.gamma, config.temi.num_heads, config.temi.hidden_dim) == (0.7, 5, 512)
+
+
+def test_a_folder_starts_from_the_folder_s_file() -> None:
+    assert space_file("/some/pictures").name == "folder.yaml"
+    assert load(["--dataset=/some/pictures", "--resolution", "32"]).resolution == 32
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--temi.gamma", "3"], "gamma is 3.0; it must lie in (0, 1]"),
+        (["--bound.c-start", "1"], "c_start is 1; it must be at least 2"),
+        (["--bound.cutoff", "1.2"], "cutoff is 1.2; it must lie in (0, 1]"),
+        (["--temi.gamma", "x"], "could not convert string to float: 'x'"),
+        (["--temi.gama", "1"], "--temi.gama"),
+        (["--resolution", "0"], "resolution is 0; it must be at least 1"),
+        (
+            ["--resources.num-workers", "3"],
+            "must be a multiple of resources.num_workers (3): set --diffusion.total-batch",
+        ),
+        (["--final.total-kimg", "1"], "final.total_kimg is 1; it must be at least granularity.total_kimg"),
+        (["--granularity.grace-kimg", "100000"], "it must be at least grace_kimg (100000)"),
+        (["--search-space", "gone.yaml"], "search space gone.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_the_value_and_the_bound(argv: list[str], said: str) -> None:
+    assert said in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("temi: {gamm: 1}", "temi.gamm is not a setting; did you mean gamma?"),
+        ("tem: {}", "tem is not a setting; did you mean temi?"),
+        ("temi: {gamma: 9}", "temi: gamma is 9.0; it must lie in (0, 1]"),
+        ("bound: 3", "bound is 3;"),
+        ("- 1", "holds no settings"),
+        ("a: [", "is not plain YAML"),
+        ("a: !!python/object/apply:os.system [id]", "is not plain YAML"),
+        ("space: {diffusion.dropou: {kind: choice, values: [0.1]}}", "space.diffusion.dropou names no setting"),
+        ("space: {diffusion.dropout: {kind: uniform, low: 0.1, high: 2}}", "dropout is 2.0; it must lie in [0, 1)"),
+        ("space: {temi.epochs: {kind: randint, low: 9, high: 2}}", "low is 9; it must be at most high (2)"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_the_path_of_the_setting(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    assert said in refused("--search-space", str(path))
+
+
+def test_help_ends_with_status_0_and_names_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(flag in said for flag in ("--dataset", "--backbone-weights", "--temi.num-heads", "--bound.cutoff"))
+
+
+def test_where_things_are_kept_does_not_change_what_is_computed() -> None:
+    base = fingerprint_tree(load([]))
+    elsewhere = ["--storage-path", "/x", "--data-dir", "/y", "--resources.cpus-per-worker", "0.5"]
+    assert fingerprint_tree(load(elsewhere)) == base
+    for argv in (["--seed", "1"], ["--temi.gamma", "0.5"], ["--resources.num-workers", "4"]):
+        assert fingerprint_tree(load(argv)) != base
+
+
+def test_rungs_grow_by_the_reduction_factor_and_end_at_the_budget() -> None:
+    settings = load(["--dataset", "cifar10"]).granularity
+    assert settings.rungs_kimg() == (12_500, 25_000, 50_000, 100_000)
+    uneven = load(["--granularity.grace-kimg", "10", "--granularity.reduction-factor", "3"]).granularity
+    assert uneven.rungs_kimg() == (10, 30, uneven.total_kimg)
+
+
+def test_other_values_are_checked_again() -> None:
+    config = load([])
+    assert config.with_values({"diffusion.dropout": 0.3}).diffusion.dropout == 0.3
+    assert config.diffusion.dropout != 0.3
+    with pytest.raises(UserError, match="dropout is 7"):
+        config.with_values({"diffusion.dropout": 7.0})
