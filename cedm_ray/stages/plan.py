@@ -1,0 +1,123 @@
+"""From the parameters of a trial to everything that decides its training, and where that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cedm_ray.config import DiffusionSettings, ScoreSettings, SearchConfig
+from cedm_ray.stages.groupings import ClusteringJob, clustering_job
+from cedm_ray.stages.scoring import Scoring
+from cedm_ray.stages.store import Store
+
+UNCONDITIONAL = {"grouping": "none", "num_clusters": 1}
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """One training of C-EDM: everything that decides it, and where it is kept."""
+
+    label: str
+    """What a person calls it: C=17, unconditional, labels."""
+    grouping: str
+    """Where the condition comes from: temi, labels or none."""
+    num_clusters: int
+    clustering: ClusteringJob | None
+    """A clustering that may still have to be made."""
+    condition: Path | None
+    """File of the clustering; None without a condition."""
+    images: Path
+    diffusion: DiffusionSettings
+    score: ScoreSettings
+    scoring: Scoring
+    rungs_kimg: tuple[int, ...]
+    """Where the model is scored and checkpointed, ascending, in thousands of images seen."""
+    final_sets: int
+    """Sets of images to score after the last rung."""
+    final_images: int
+    seed: int
+    inputs: dict[str, Any]
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Ray Train keeps the checkpoints; the same path goes on from the newest."""
+        return self.path / "train"
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns the parameters that a searcher proposes into jobs; the same parameters always give the same job."""
+
+    config: SearchConfig
+    store: Store
+    embedding_inputs: dict[str, Any]
+    images: Path
+    images_sha256: str
+    labels: Path | None
+    """Clustering file of the ground-truth labels."""
+    num_classes: int | None
+    scoring: Scoring
+
+    def job(self, params: Mapping[str, Any], *, total_kimg: int | None = None) -> TrialJob:
+        """The job of a trial.
+
+        Args:
+            params: ``grouping`` (temi, labels, none), ``num_clusters``, and dotted paths of other settings.
+            total_kimg: Train to the final budget instead of the search's, and score the final sets there.
+        """
+        grouping, num_clusters = str(params["grouping"]), int(params["num_clusters"])
+        others = {name: value for name, value in params.items() if name not in ("grouping", "num_clusters")}
+        config = self.config.with_values(others) if others else self.config
+        clustering: ClusteringJob | None = None
+        condition: Path | None = None
+        source: dict[str, Any] = {"none": 1}
+        if grouping == "temi":
+            clustering = clustering_job(config, self.embedding_inputs, num_clusters, self.store)
+            condition, source = clustering.file, clustering.inputs
+        elif grouping == "labels":
+            condition, source = self.labels, {"labels": num_clusters}
+        rungs = config.granularity.rungs_kimg()
+        final = total_kimg is not None
+        if total_kimg is not None and total_kimg > rungs[-1]:
+            rungs = (*rungs, total_kimg)
+        inputs = {
+            "images": self.images_sha256,
+            "condition": source,
+            "diffusion": asdict(config.diffusion),
+            "score": asdict(config.score),
+            "scoring": asdict(self.scoring.facts),
+            "rungs_kimg": config.granularity.rungs_kimg(),
+            "num_workers": config.resources.num_workers,
+            "seed": config.seed,
+        }
+        return TrialJob(
+            label={"none": "unconditional", "labels": f"labels ({num_clusters})"}.get(grouping, f"C={num_clusters}"),
+            grouping=grouping,
+            num_clusters=num_clusters,
+            clustering=clustering,
+            condition=condition,
+            images=self.images,
+            diffusion=config.diffusion,
+            score=config.score,
+            scoring=self.scoring,
+            rungs_kimg=rungs,
+            final_sets=config.final.num_sets if final else 0,
+            final_images=config.final.num_images,
+            seed=config.seed,
+            inputs=inputs,
+            path=self.store.path("trials", inputs),
+        )
+
+    def baselines(self) -> list[dict[str, Any]]:
+        """Parameters of the trainings to compare with: without a condition, and on the labels where there are any."""
+        found: list[dict[str, Any]] = [dict(UNCONDITIONAL)]
+        if self.labels is not None:
+            found.append({"grouping": "labels", "num_clusters": self.num_classes})
+        return found

@@ -1,0 +1,185 @@
+"""What a search found: kept as JSON, printed as tables, drawn as figures, and told to MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+
+from cedm_ray.report.figures import curves_figure, score_figure
+from cedm_ray.report.rows import Curve, Row
+from cedm_ray.report.tables import probes_table, to_csv, to_markdown, trials_table
+from cedm_ray.stages.records import FinalScore, TrialRecord
+from cedm_ray.stages.store import read_json, write_json
+
+if TYPE_CHECKING:
+    from cedm_ray.stages.tracking import Tracker
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Everything that a finished search says."""
+
+    name: str
+    folder: str
+    metric: str
+    """Name of the score, lower is better."""
+    scored: Mapping[str, Any]
+    """What makes the score comparable: detector, weights, resize, dtype, dimensions, number of real images."""
+    num_images: int
+    """Generated images behind each score of the search."""
+    total_kimg: int
+    cutoff: float
+    c_max: int
+    outcome: str
+    probes: tuple[tuple[int, float], ...]
+    trials: tuple[TrialRecord, ...]
+    best: int
+    """The number of clusters with the lowest score: the visual groups, C_V."""
+    final: FinalScore
+    tracking_uri: str
+    ui_command: str
+    run_id: str
+
+    def rows(self, *, probes: bool = True) -> list[Row]:
+        """One row per trial, at the budget of the search, and per probe."""
+        found = []
+        for trial in self.trials:
+            rung = trial.rung_at(self.total_kimg) or {"kimg": 0, "score": None}
+            found.append(
+                Row(
+                    trial.num_clusters,
+                    trial.utilization_ratio,
+                    rung["kimg"],
+                    rung["score"],
+                    trial.state,
+                    trial.grouping,
+                )
+            )
+        if probes:
+            found += [Row(c, ratio, 0, None, "probe") for c, ratio in self.probes]
+        return found
+
+    def baselines(self) -> dict[str, float]:
+        """Scores of the trainings without clusters, at the budget of the search."""
+        scores = {t.label: t.rung_at(self.total_kimg) for t in self.trials if t.grouping != "temi"}
+        return {label: float(rung["score"]) for label, rung in scores.items() if rung is not None}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The trials as a data frame, one row each."""
+        return pd.DataFrame([asdict(row) for row in self.rows(probes=False)])
+
+    def figures(self) -> dict[str, Any]:
+        """Matplotlib figures by file name."""
+        shown = [row for row in self.rows() if row.grouping == "temi"]
+        curves = [
+            Curve(
+                trial.label,
+                trial.num_clusters if trial.grouping == "temi" else None,
+                tuple((rung["kimg"], rung["score"]) for rung in trial.rungs),
+            )
+            for trial in self.trials
+            if trial.rungs
+        ]
+        return {
+            "score_by_clusters.png": score_figure(
+                shown, metric=self.metric, c_max=self.c_max, utilization_cutoff=self.cutoff, baselines=self.baselines()
+            ),
+            "score_by_kimg.png": curves_figure(curves, metric=self.metric),
+        }
+
+    def track(self, tracker: Tracker) -> None:
+        """Tell MLflow's parent run: the figures of the search, the tables and the pictures."""
+        tracker.points(
+            self.run_id,
+            {
+                "c_max": self.c_max,
+                "best_num_clusters": self.best,
+                "final_score_mean": self.final.mean,
+                "final_score_std": self.final.std,
+                "final_kimg": self.final.kimg,
+            },
+        )
+        for row in self.rows(probes=False):
+            if row.grouping == "temi" and row.score is not None:
+                tracker.points(self.run_id, {"score_by_clusters": row.score}, step=row.num_clusters)
+        for num_clusters, ratio in self.probes:
+            tracker.points(self.run_id, {"utilization_ratio_by_clusters": ratio}, step=num_clusters)
+        for name in (*self.figures(), "trials.csv", RESULT_FILE):
+            tracker.artifact(self.run_id, Path(self.folder) / name)
+        for file in sorted(Path(self.final.export).iterdir()):
+            tracker.artifact(self.run_id, file, "export")
+        table = to_markdown(self.rows(probes=False), self.metric, self.best)
+        tracker.describe(self.run_id, f"{self.sentence()}\n\n{table}")
+
+    def sentence(self) -> str:
+        """The result in words."""
+        return (
+            f"The best of the tried numbers of clusters in [2, {self.c_max}) is {self.best}: {self.metric} "
+            f"{self.final.mean:.4g} +- {self.final.std:.2g} at {self.final.kimg:,} kimg "
+            f"({self.final.num_sets} x {self.final.num_images:,} images)."
+        )
+
+
+def write_result(folder: Path, result: SearchResult) -> None:
+    """Keep a result in the folder of its run, with its table and its figures; the JSON comes last."""
+    (folder / "trials.csv").write_text(to_csv(result.rows(), result.metric), encoding="utf-8")
+    for name, figure in result.figures().items():
+        figure.savefig(folder / name, dpi=120)
+    write_json(folder / RESULT_FILE, asdict(result))
+
+
+def read_result(folder: Path) -> SearchResult | None:
+    """The result of a finished run, or None."""
+    tree = read_json(folder / RESULT_FILE)
+    if tree is None:
+        return None
+    tree["trials"] = tuple(TrialRecord(**{**trial, "rungs": tuple(trial["rungs"])}) for trial in tree["trials"])
+    tree["probes"] = tuple((c, ratio) for c, ratio in tree["probes"])
+    return SearchResult(**{**tree, "final": FinalScore(**tree["final"])})
+
+
+def show(result: SearchResult, console: Console) -> None:
+    """Print what a search found."""
+    probes = [Row(c, ratio, 0, None, "probe") for c, ratio in result.probes]
+    console.print()
+    console.print(probes_table(probes, utilization_cutoff=result.cutoff, c_max=result.c_max))
+    if result.outcome == "capped":
+        console.print("Even one cluster per image would be used well: C_max is the number of images.")
+    console.print()
+    console.print(trials_table(result.rows(probes=False), result.metric, result.best))
+    failed = [trial for trial in result.trials if trial.state == "failed"]
+    for trial in failed:
+        console.print(f"{trial.label} failed: {escape(trial.reason or '')}")
+    console.print()
+    scored = result.scored
+    best = next(t for t in result.trials if t.grouping == "temi" and t.num_clusters == result.best)
+    rung = best.rung_at(result.total_kimg) or {}
+    lines = [
+        ("best C", f"{result.best}"),
+        *(
+            (f"{result.metric} at {result.total_kimg:,} kimg" if i == 0 else "", f"{label}: {value:.4g}")
+            for i, (label, value) in enumerate({f"C={result.best}": rung["score"], **result.baselines()}.items())
+        ),
+    ]
+    lines += [
+        ("final", result.sentence()),
+        (
+            "score",
+            f"Frechet distance on {scored['dim']} features of {scored['detector']}, {result.num_images:,} generated "
+            f"against {scored['count']:,} real images; not comparable with FID",
+        ),
+        ("artifacts", result.folder),
+        ("model", result.final.export),
+        ("MLflow UI", result.ui_command),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        console.print(f"{name:>{width}}  {escape(text)}", soft_wrap=True)

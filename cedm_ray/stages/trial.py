@@ -1,0 +1,238 @@
+"""One trial: a Tune function that makes the clustering and trains C-EDM on it as a Ray Train job."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cedm_ray.clustering.clustering_io import load_clustering
+from cedm_ray.data.pack import load_packed
+from cedm_ray.diffusion.sampler import generate
+from cedm_ray.diffusion.settings import build_net
+from cedm_ray.diffusion.state_io import load_state, save_state
+from cedm_ray.diffusion.train import new_state, train
+from cedm_ray.metrics.detectors import Detector
+from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
+from cedm_ray.report.grids import sample_grid
+from cedm_ray.stages import groupings
+from cedm_ray.stages.board import Beat, Board
+from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.plan import Planner, TrialJob
+
+STATE_FILE = "state.safetensors"
+RUNGS_FILE = "rungs.json"
+SAMPLES_FILE = "samples.png"
+NUM_SAMPLES = 64
+
+Rung = dict[str, Any]
+
+
+def run_trial(
+    config: Mapping[str, Any],
+    planner: Planner,
+    data: Mapping[str, Any],
+    board: Board,
+    shares: Shares,
+    total_kimg: int | None = None,
+) -> None:
+    """The Tune function: make the clustering if need be, then train; every rung is reported to Tune.
+
+    Args:
+        config: The parameters of the trial, from the searcher.
+        planner: Turns them into a job.
+        data: References to embeddings ``(N, D)`` and neighbours ``(N, k)`` in the object store.
+        board: Where progress is told.
+        shares: What to ask for of the cluster.
+        total_kimg: Train to the final budget (None: to the one of the search).
+    """
+    # The workers import this module too, and have no use for Tune.
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    job = planner.job(config, total_kimg=total_kimg)
+    if job.clustering is not None:
+        # Outside the trial's own share, which is a place on the head and no CPU.
+        task = ray.remote(groupings.fit).options(
+            num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe, scheduling_strategy="DEFAULT"
+        )
+        ray.get(task.remote(job.clustering, data["embeddings"], data["neighbors"], shares.cpus_per_probe, board))
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "board": board, "threads": max(1, round(shares.cpus_per_worker))},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=shares.num_workers,
+            use_gpu=shares.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": shares.cpus_per_worker,
+                **({"GPU": shares.gpus_per_worker} if shares.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.checkpoints.name,
+            storage_path=str(job.path),
+            callbacks=[TuneReportCallback()],
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=1),
+        ),
+    )
+    trainer.fit()
+
+
+def train_worker(loop: Mapping[str, Any]) -> None:
+    """What each process of a training runs: train to a rung, score, checkpoint, report, and on to the next."""
+    job: TrialJob = loop["job"]
+    torch.set_num_threads(loop["threads"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    beat = Beat(loop["board"], job.key, job.label, job.rungs_kimg[-1], "kimg")
+    worker = Worker(job, rank, world_size, device)
+    try:
+        for rung in worker.restore():
+            ray.train.report(rung)  # Tune may not have heard of it before the interruption
+        for kimg in worker.missing_rungs():
+            _report(worker, worker.train_to(kimg, beat))
+        if job.final_sets and "final_scores" not in worker.rungs[-1]:
+            _report(worker, worker.finish())
+    finally:
+        if rank == 0:
+            beat.close()
+
+
+def _report(worker: Worker, rung: Rung) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = worker.checkpoint(Path(folder)) if worker.rank == 0 else None
+        ray.train.report(rung, checkpoint=checkpoint)
+
+
+class Worker:
+    """One process of a training: its share of the batch and of the generated images."""
+
+    def __init__(self, job: TrialJob, rank: int, world_size: int, device: torch.device) -> None:
+        self.job, self.rank, self.world_size, self.device = job, rank, world_size, device
+        packed = load_packed(job.images)
+        self.images = torch.from_numpy(np.array(packed.images)).to(device)
+        self.class_index: Tensor | None = None
+        self.cluster_probs: Tensor | None = None
+        if job.condition is not None:
+            clustering = load_clustering(job.condition, num_images=len(packed))
+            self.class_index = torch.from_numpy(clustering.assignments).to(device)
+            self.cluster_probs = torch.from_numpy(clustering.cluster_probs)
+        self.detector: Detector = job.scoring.load_detector(device)
+        # Every process builds the same network; the caller's generators are left alone.
+        with torch.random.fork_rng([]):
+            torch.manual_seed(job.seed)
+            net = build_net(
+                job.diffusion,
+                packed.resolution,
+                packed.channels,
+                label_dim=job.num_clusters if job.condition is not None else 0,
+                augment=job.diffusion.augment_prob > 0,
+                sigma_data=job.diffusion.sigma_data,
+            )
+        self.state = new_state(net.to(device))
+        self.rungs: list[Rung] = []
+        self.samples: Tensor | None = None
+
+    def restore(self) -> list[Rung]:
+        """Go on from the newest checkpoint, if there is one; returns the rungs that are already done."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                load_state(self.state, Path(folder) / STATE_FILE)
+                self.rungs = json.loads((Path(folder) / RUNGS_FILE).read_text())
+        return list(self.rungs)
+
+    def missing_rungs(self) -> Iterator[int]:
+        """The rungs that are still to be trained to, in kimg."""
+        return (kimg for kimg in self.job.rungs_kimg if kimg * 1000 > self.state.nimg)
+
+    def train_to(self, kimg: int, beat: Beat) -> Rung:
+        """Train until so many kimg have been seen, score, and return the rung (the same in every process but for the
+        score, which only rank 0 works out)."""
+        started_s, started_nimg = time.monotonic(), self.state.nimg
+        losses: list[Tensor] = []
+        for progress in train(
+            self.state,
+            self.images,
+            self.class_index,
+            settings=self.job.diffusion,
+            stop_nimg=kimg * 1000,
+            seed=self.job.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        ):
+            losses.append(progress.loss)
+            if self.rank == 0:
+                beat(progress.nimg / 1000)
+        trained_s = time.monotonic() - started_s
+        rung: Rung = {
+            "kimg": kimg,
+            "nimg": self.state.nimg,
+            "loss": float(torch.stack(losses).mean()),
+            "images_per_s": (self.state.nimg - started_nimg) / trained_s,
+        }
+        score = self.score(0, self.job.score.num_images)
+        rung |= {"score": score, self.job.scoring.metric: score, "score_s": time.monotonic() - started_s - trained_s}
+        self.rungs.append(rung)
+        return rung
+
+    def finish(self) -> Rung:
+        """Score the final sets of images and add them to the last rung."""
+        scores = [self.score(number, self.job.final_images) for number in range(self.job.final_sets)]
+        self.rungs[-1] = {**self.rungs[-1], "final_scores": scores, "final_images": self.job.final_images}
+        return self.rungs[-1]
+
+    def score(self, number: int, num_images: int) -> float:
+        """Frechet distance of one set of generated images; only rank 0's value is of all processes' images.
+
+        Args:
+            number: Which set: images ``number * num_images`` and on, so that sets share none.
+            num_images: Images in the set, over all processes.
+        """
+        sums = FeatureSums(self.detector.dim, device=self.device)
+        first = number * num_images
+        # A contiguous block each; rank 0 has the first ones, which are also the samples that people look at.
+        bounds = np.linspace(first, first + num_images, self.world_size + 1).astype(int)
+        indices = range(bounds[self.rank], bounds[self.rank + 1])
+        kept: list[Tensor] = []
+        for images in generate(
+            self.state.ema,
+            seed=self.job.seed,
+            indices=indices,
+            cluster_probs=self.cluster_probs,
+            batch_size=self.job.score.batch_size,
+            num_steps=self.job.score.num_steps,
+            device=self.device,
+        ):
+            sums.update(self.detector(images))
+            if number == 0 and len(kept) * self.job.score.batch_size < NUM_SAMPLES:
+                kept.append(images)
+        if kept:
+            self.samples = torch.cat(kept)[:NUM_SAMPLES].cpu()
+        if dist.is_initialized():
+            for tensor in sums.tensors():
+                dist.all_reduce(tensor)
+        if self.rank:
+            return float("nan")
+        reference = self.job.scoring.load_reference()
+        return frechet_distance(*sums.mean_cov(), reference.mu, reference.sigma)
+
+    def checkpoint(self, folder: Path) -> ray.train.Checkpoint:
+        """Everything that is needed to go on, and the samples, in a folder that Ray Train copies to its place."""
+        save_state(self.state, folder / STATE_FILE)
+        (folder / RUNGS_FILE).write_text(json.dumps(self.rungs))
+        if self.samples is not None:
+            sample_grid(self.samples.numpy(), columns=8).save(folder / SAMPLES_FILE)
+        return ray.train.Checkpoint.from_directory(str(folder))
