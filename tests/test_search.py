@@ -1,0 +1,204 @@
+"""The whole search, small, on the real digits with a real Ray, as a user starts it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors import safe_open
+
+from cedm_ray.stages.tracking import database_uri
+
+pytestmark = pytest.mark.ray
+
+SMALL_SETTINGS = {
+    "temi": {"epochs": 8, "warmup-epochs": 1},
+    "bound": {"c-start": 150, "resolution": 200},
+    "granularity": {"num-trials": 3, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
+    "score": {"num-images": 200, "num-steps": 4},
+    "final": {"total-kimg": 5, "num-images": 100, "num-sets": 2},
+}
+SMALL = [f"--{group}.{name}={value}" for group, values in SMALL_SETTINGS.items() for name, value in values.items()]
+
+
+def command(storage: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "cedm_ray.search", "--storage-path", str(storage), *flags]
+
+
+def search(storage: Path, *flags: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(storage, *flags), capture_output=True, text=True, timeout=timeout_s, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def result_of(storage: Path) -> dict:  # type: ignore[type-arg]
+    (path,) = storage.glob("digits-*/result.json")
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A search whose driver is killed in the middle of its trials: the storage and what it had printed."""
+    storage = tmp_path_factory.mktemp("search") / "runs"
+    log = storage.parent / "first.log"
+    with open(log, "w") as out:
+        driver = subprocess.Popen(command(storage, *SMALL), stdout=out, stderr=out, start_new_session=True)
+        deadline_s = time.monotonic() + 300
+        while "labels (10): starts" not in log.read_text() and driver.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    return storage, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: tuple[Path, str]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The same command again."""
+    storage, _ = interrupted
+    time.sleep(5)  # the killed Ray's processes notice that their driver is gone
+    return storage, search(storage, *SMALL)
+
+
+def test_the_killed_search_had_got_to_its_trials(interrupted: tuple[Path, str]) -> None:
+    assert "C_max is" in interrupted[1] and "unconditional: 4 kimg" in interrupted[1]
+
+
+def test_the_same_command_goes_on_and_repeats_nothing(
+    interrupted: tuple[Path, str], finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    first, second = interrupted[1], finished[1]
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (
+        "unconditional: starts" in first and "unconditional" not in second.stdout.split("C in [2")[1].split("Trials")[0]
+    )
+    for line in re.findall(r"C=\d+: \d+ clusters used.*", first):
+        assert line in second.stdout
+    assert "clustering into" not in second.stdout.split("C_max is")[0]
+
+
+def test_everything_that_was_promised_is_printed(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    storage, done = finished
+    result = result_of(storage)
+    said = done.stdout
+    assert f"C_max {result['c_max']}" in said and f"C_max is {result['c_max']}" in said
+    for num_clusters, ratio in result["probes"]:
+        assert re.search(rf"\| +{num_clusters} \| {ratio:.4f} \|", said)
+    for trial in result["trials"]:
+        assert re.search(rf"{trial['num_clusters']} \| .*\| {trial['state']} ", said), trial
+    assert re.search(rf"best C +{result['best']}\n", said)
+    assert "unconditional: " in said and "labels (10): " in said and "mlflow" in said and "fd_lenet" in said
+    assert "Traceback" not in said + done.stderr and done.stderr == ""
+
+
+def test_the_table_holds_the_trials_the_baselines_and_nothing_at_or_above_c_max(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    result = result_of(finished[0])
+    temi = [trial for trial in result["trials"] if trial["grouping"] == "temi"]
+    assert len({trial["num_clusters"] for trial in temi}) == len(temi) == 3
+    assert all(2 <= trial["num_clusters"] < result["c_max"] for trial in temi)
+    assert {t["grouping"]: t["state"] for t in result["trials"] if t["grouping"] != "temi"} == {
+        "none": "complete", "labels": "complete",
+    }  # fmt: skip
+    complete = {t["num_clusters"]: t["rungs"] for t in temi if t["state"] == "complete"}
+    at_the_end = {c: next(r["score"] for r in rungs if r["kimg"] == 4) for c, rungs in complete.items()}
+    assert result["best"] == min(at_the_end, key=lambda c: at_the_end[c])
+    assert result["final"]["kimg"] == 5 and result["final"]["num_sets"] == 2 and result["final"]["mean"] > 0
+
+
+def test_what_is_exported_can_be_used(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    result = result_of(finished[0])
+    export = Path(result["final"]["export"])
+    facts = json.loads((export / "model.json").read_text())
+    assert facts["label_dim"] == result["best"] and facts["img_resolution"] == 8
+    with safe_open(export / "model.safetensors", framework="pt") as file:
+        assert any(name.endswith("weight") for name in file.keys())  # noqa: SIM118
+    picture = Image.open(export / "samples.png")
+    assert picture.width == picture.height > 300
+    assert len(picture.getcolors(1 << 16) or []) > 20
+
+
+def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    storage, _ = finished
+    result = result_of(storage)
+    client = MlflowClient(tracking_uri=database_uri(storage))
+    experiment = client.get_experiment_by_name("cedm_ray/digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_id for run in parents] == [result["run_id"]]
+    assert parents[0].info.status == "FINISHED" and parents[0].data.metrics["c_max"] == result["c_max"]
+    children = [run for run in runs if run.data.tags.get("stage") == "granularity"]
+    assert len(children) == len(result["trials"])
+    for trial in result["trials"]:
+        (run,) = [run for run in children if run.info.run_name == trial["label"]]
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "fd_lenet")]
+        assert steps == [rung["kimg"] for rung in trial["rungs"]]
+        assert run.data.tags["state"] == trial["state"] and run.data.tags["grouping"] == trial["grouping"]
+        names = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert "samples.png" in names and ("clustering" in names) == (trial["grouping"] != "none")
+    names = {file.path for file in client.list_artifacts(result["run_id"])}
+    assert {"score_by_clusters.png", "score_by_kimg.png", "trials.csv", "export"} <= names
+    probes = [run for run in runs if run.data.tags.get("stage") == "upper_bound"]
+    assert sorted(int(run.data.tags["C"]) for run in probes) == sorted(c for c, _ in result["probes"])
+
+
+def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    storage, first = finished
+    started_s = time.monotonic()
+    again = search(storage, *SMALL)
+    assert again.returncode == 0 and "all is done" in again.stdout and time.monotonic() - started_s < 30
+    assert again.stdout.split("Share of clusters used")[1] == first.stdout.split("Share of clusters used")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dataset", "cifar1000"], "dataset 'cifar1000' is unknown; it must be one of digits, cifar10, cifar100"),
+        (["--backbone", "pixel"], "backbone 'pixel' is unknown; did you mean pixels"),
+        (["--num-neighbors", "1797"], "num_neighbors is 1797; it must be below 1797"),
+        (["--score.num-images", "63"], "score.num_images is 63; it must be at least 64"),
+        (["--diffusion.channel-mult", "1", "2", "2", "2", "2"], "diffusion: "),
+        (["--resources.num-workers", "128"], "resources.num_workers is 128 with 1 CPU"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
+    ],
+)
+def test_a_mistake_ends_before_any_work_with_one_line_and_status_2(tmp_path: Path, flags: list[str], said: str) -> None:
+    done = search(tmp_path / "runs", *flags)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("store/embeddings"))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "no"),
+        ([("a.png", "broken")], "a.png"),
+        ([("a.png", 4)], "a.png"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused_by_the_name_of_the_file(
+    tmp_path: Path, files: list[tuple[str, object]], said: str
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, what in files:
+        if isinstance(what, int):
+            Image.new("RGB", (what, what)).save(folder / name)
+        else:
+            (folder / name).write_text(str(what))
+    done = search(tmp_path / "runs", "--dataset", str(folder), "--resolution", "8", "--backbone", "pixels")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
