@@ -1,7 +1,6 @@
 """The toy dataset: 1,797 handwritten digits of 8x8 pixels, which need no download."""
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from cedm_ray.data.sources import ArraySource
 
@@ -11,6 +10,8 @@ def digits() -> ArraySource:
 
     The grey levels 0 to 16 become ``round(v * 255 / 16)``.
     """
+    from sklearn.datasets import load_digits  # takes a second, which a process that needs no digits can spare
+
     bunch = load_digits()
     images = np.rint(np.asarray(bunch.images) * (255.0 / 16.0)).astype(np.uint8)[:, None]
     return ArraySource("digits", "1", images, np.asarray(bunch.target).astype(np.int64), 10)

@@ -1,13 +1,16 @@
 """Models that turn images into embeddings: timm's by name, with weights from a file or from the network."""
 
 import difflib
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from cedm_ray.errors import UserError
@@ -15,6 +18,7 @@ from cedm_ray.features.pixels import PixelBackbone, PixelStats
 from cedm_ray.features.transform import Transform
 from cedm_ray.features.weights import check_weights, file_sha256, fill, read_state
 
+# timm is imported where it is used: it takes seconds, and most processes of a search need no backbone.
 PIXELS = "pixels"
 
 
@@ -50,6 +54,8 @@ def check_backbone(name: str, weights: Path | None) -> str:
         if weights is not None:
             raise UserError(f"backbone {PIXELS} has no weights; leave out --backbone-weights {weights}")
         return name
+    import timm
+
     known = [*timm.list_models(), *timm.list_pretrained()]
     if name not in known:
         close = difflib.get_close_matches(name, [PIXELS, *known], n=3)
@@ -59,14 +65,6 @@ def check_backbone(name: str, weights: Path | None) -> str:
         return name
     check_weights(weights)
     return file_sha256(weights)
-
-
-def backbone_dim(name: str, channels: int, resolution: int) -> int:
-    """Dimensions of a backbone's embeddings of such images, without its weights."""
-    if name == PIXELS:
-        return channels * resolution**2
-    with torch.device("meta"):
-        return _dim(timm.create_model(name.split(".")[0], pretrained=False, num_classes=0))
 
 
 def load_backbone(
@@ -114,6 +112,8 @@ class TimmBackbone:
     """
 
     def __init__(self, name: str, weights: Path | None, device: torch.device | str) -> None:
+        import timm
+
         self.name = name
         # A file is read before the model is built: what is wrong with it is known sooner.
         state = None if weights is None else read_state(weights)
@@ -143,13 +143,39 @@ def _dim(model: Any) -> int:
 
 
 def _pretrained(name: str) -> Any:
+    import timm
+
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # the error below says it in one line
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0)
+        with _offline_unless_reachable():
+            return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm and its hub raise whatever the network library raised
         raise UserError(
             f"the weights of backbone {name} cannot be fetched ({type(error).__name__}); "
             f"pass a file with them: --backbone-weights FILE"
         ) from error
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _offline_unless_reachable() -> Iterator[None]:
+    """Look in the hub's cache alone where the hub does not answer: its own retries take a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:
@@ -158,6 +184,8 @@ def _classifiers(model: Any) -> tuple[str, ...]:
 
 
 def _transform(model: Any) -> Transform:
+    from timm.data import resolve_model_data_config
+
     data: dict[str, Any] = resolve_model_data_config(model)
     return Transform(
         size=(data["input_size"][1], data["input_size"][2]),

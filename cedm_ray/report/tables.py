@@ -23,7 +23,7 @@ def trials_table(rows: Sequence[Row], metric: str, best: int | None) -> Table:
     """
     table = _table("Trials by number of clusters", metric)
     for row in _ordered(rows, probes=False):
-        is_best = row.num_clusters == best and row.state == "complete"
+        is_best = _is_best(row, best)
         cells = _cells(row)
         table.add_row(f"* {cells[0]}" if is_best else cells[0], *cells[1:], style="bold" if is_best else None)
     if best is not None:
@@ -60,7 +60,7 @@ def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None) -> st
     lines = ["| " + " | ".join(header) + " |", "|---:|---:|---:|---:|:---|:---|"]
     for row in _ordered(rows):
         cells = [cell.replace("|", "\\|") for cell in _cells(row)]
-        if row.num_clusters == best and row.state == "complete":
+        if _is_best(row, best):
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -74,6 +74,10 @@ def to_csv(rows: Sequence[Row], metric: str) -> str:
     for row in _ordered(rows):
         writer.writerow([row.num_clusters, row.utilization_ratio, row.kimg, row.score, row.state, row.grouping])
     return out.getvalue()
+
+
+def _is_best(row: Row, best: int | None) -> bool:
+    return row.num_clusters == best and row.state == "complete" and row.grouping == "temi"
 
 
 def _header(metric: str) -> list[str]:

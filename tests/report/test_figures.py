@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cedm_ray.report.figures import curves_figure, sample_grid, score_figure
+from cedm_ray.report.figures import curves_figure, score_figure
+from cedm_ray.report.grids import sample_grid
 from cedm_ray.report.rows import Curve, Row, best_row, metric_title
 
 ROWS = (
