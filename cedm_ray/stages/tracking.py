@@ -59,7 +59,8 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, artifacts: Path | None) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self._logged: dict[str, set[int]] = {}
+        self._opened: dict[str, str] = {}  # run ids by key
+        self._logged: dict[str, set[int]] = {}  # kimg that a run has by its id
         try:
             self._client = MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
@@ -84,13 +85,24 @@ class Tracker:
         return self._open(f"{self.parent_id}/{key}", name, params, {**tags, "mlflow.parentRunId": self.parent_id})
 
     def _open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
+        if key in self._opened:
+            self._tag(self._opened[key], tags)
+            return self._opened[key]
+        run_id = self._opened[key] = self._found(key, tags) or self._created(key, name, params, tags)
+        return run_id
+
+    def _found(self, key: str, tags: Mapping[str, Any]) -> str | None:
+        """A run that an earlier process of this search opened."""
         found = self._client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        if found:
-            run_id = str(found[0].info.run_id)
-            self._client.update_run(run_id, status="RUNNING")
-            self._logged[run_id] = {m.step for m in self._client.get_metric_history(run_id, "kimg")}
-            self._tag(run_id, tags)
-            return run_id
+        if not found:
+            return None
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        self._logged[run_id] = {metric.step for metric in self._client.get_metric_history(run_id, "kimg")}
+        self._tag(run_id, tags)
+        return run_id
+
+    def _created(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
         run = self._client.create_run(self.experiment_id, tags={KEY_TAG: key, **_texts(tags)}, run_name=name)
         self._client.log_batch(run.info.run_id, params=[Param(k, v[:MAX_PARAM]) for k, v in _texts(params).items()])
         return str(run.info.run_id)
