@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
-from cedm_ray.data.pack import PackedImages, load_packed, pack
+from cedm_ray.data.pack import load_packed, pack
 from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
@@ -18,7 +17,7 @@ from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
-from cedm_ray.stages.result import SearchResult, read_result, show, write_result
+from cedm_ray.stages.result import SearchResult, read_result, show
 from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
 
 
@@ -36,9 +35,9 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
         UserError: If the settings cannot work; nothing was computed then.
     """
     terminal = terminal or Terminal()
-    storage = prepare_storage(config.storage_path)
     source = _open(config)
     weights_hash = check_backbone(config.backbone, config.backbone_weights)
+    storage = prepare_storage(config.storage_path)
     key = key_of({"settings": fingerprint_tree(config), "images": source.fingerprint, "weights": weights_hash})
     folder = storage / f"{source.name}-{key[:8]}"
     done = read_result(folder)
@@ -49,7 +48,7 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     with noise_to(folder / "search.log", terminal):
-        return _search(config, key, source, weights_hash, folder, storage, terminal)
+        return _search(config, key, source, weights_hash, folder, terminal)
 
 
 def _open(config: SearchConfig) -> ImageSource:
@@ -57,120 +56,61 @@ def _open(config: SearchConfig) -> ImageSource:
     return source if config.max_images is None else FirstImages(source, config.max_images)
 
 
-def _pack(source: ImageSource, store: Store, terminal: Terminal) -> tuple[Path, PackedImages]:
-    path = store.path("images", {"images": source.fingerprint})
-    try:
-        return path, load_packed(path)
-    except UserError:  # not there yet, or torn
-        with terminal.stage(f"reading {len(source):,} images"):
-            for _ in pack(source, path):
-                pass
-    return path, load_packed(path)
-
-
 def _search(
-    config: SearchConfig,
-    key: str,
-    source: ImageSource,
-    weights_hash: str,
-    folder: Path,
-    storage: Path,
-    terminal: Terminal,
+    config: SearchConfig, key: str, source: ImageSource, weights_hash: str, folder: Path, terminal: Terminal
 ) -> SearchResult:
-    store = Store(storage / "store")
-    terminal.line(f"search {folder.name}, everything is kept under {storage}")
-    images, packed = _pack(source, store, terminal)
-
+    """Open what a search needs (packed images, MLflow, Ray), and close its run in MLflow whatever happens."""
     # Ray and MLflow take seconds to import, which a search that is done does not need.
-    import ray
-
     from cedm_ray.stages.board import Board
     from cedm_ray.stages.cluster import connected
-    from cedm_ray.stages.embed import embed, neighbors
-    from cedm_ray.stages.final import train_final
-    from cedm_ray.stages.granularity import Ledger, best_of, search_granularity
-    from cedm_ray.stages.groupings import keep_labels
-    from cedm_ray.stages.plan import Planner
-    from cedm_ray.stages.scoring import prepare_scoring
-    from cedm_ray.stages.tracking import Tracker, database_uri, flat, ui_command
-    from cedm_ray.stages.upper_bound import find_upper_bound
+    from cedm_ray.stages.context import Context
+    from cedm_ray.stages.pipeline import find_visual_groups
+    from cedm_ray.stages.tracking import Tracker, database_uri, flat
 
-    uri = config.tracking_uri or database_uri(storage)
-    tracker = Tracker(uri, f"cedm_ray/{packed.name}", None if config.tracking_uri else storage / "mlflow-artifacts")
-    parent = tracker.start(
-        key,
-        folder.name,
-        flat(config.model_dump(mode="json")),
-        {
-            "stage": "search",
-            "dataset": packed.name,
-            "state": "running",
-        },
-    )
+    storage = folder.parent
+    store = Store(storage / "store")
+    terminal.line(f"search {folder.name}, everything is kept under {storage}")
+    images = _pack(source, store, terminal)
+    artifacts = None if config.tracking_uri else storage / "mlflow-artifacts"
+    tracker = Tracker(config.tracking_uri or database_uri(storage), f"cedm_ray/{source.name}", artifacts)
+    tags = {"stage": "search", "dataset": source.name, "state": "running"}
+    run_id = tracker.start(key, folder.name, flat(config.model_dump(mode="json")), tags)
     state = "interrupted"
     try:
         terminal.line("starting Ray")
         with connected(config) as shares:
-            board = Board()
-            with terminal.stage(f"embedding {len(packed):,} images with {config.backbone}", board):
-                embeddings = embed(config, images, packed, weights_hash, store, shares, board)
-                nearest = neighbors(config, embeddings, store, shares)
-            with terminal.stage("preparing the score", board):
-                scoring = prepare_scoring(config, images, embeddings, weights_hash, store, shares)
-            with terminal.stage(f"searching C_max: the first C with r_C at or below {config.bound.cutoff:g}", board):
-                bound = find_upper_bound(config, embeddings, nearest, store, folder, shares, terminal, tracker, board)
-            terminal.line(f"C_max is {bound.c_max} (probes: {len(bound.probes)})")
-            labels = packed.labels()
-            planner = Planner(
+            ctx = Context(
                 config=config,
+                folder=folder,
                 store=store,
-                embedding_inputs=embeddings.inputs,
                 images=images,
-                images_sha256=packed.facts.pixels_sha256,
-                scoring=scoring,
-                num_classes=packed.num_classes,
-                labels=None
-                if labels is None or packed.num_classes is None
-                else keep_labels(labels, packed.num_classes, packed.facts.pixels_sha256, store),
+                packed=load_packed(images),
+                weights_hash=weights_hash,
+                terminal=terminal,
+                tracker=tracker,
+                shares=shares,
+                board=Board(),
             )
-            data = {"embeddings": ray.put(embeddings.values), "neighbors": ray.put(nearest)}
-            ledger = Ledger(planner, folder, terminal, tracker, board)
-            records = search_granularity(config, ledger, bound.c_max, data, folder, shares, terminal, board)
-            best = best_of(records, config.granularity.total_kimg)
-            if best is None:
-                raise UserError(
-                    f"no trial was trained to the end; the reasons stand above and in {folder / 'search.log'}"
-                )
-            terminal.line(f"the best number of clusters is {best.num_clusters}", style="bold")
-            final = train_final(config, ledger, best, data, folder, shares, terminal, board)
-            records = ledger.records
-        result = SearchResult(
-            name=folder.name,
-            folder=str(folder),
-            metric=scoring.metric,
-            scored=asdict(scoring.facts),
-            num_images=config.score.num_images,
-            total_kimg=config.granularity.total_kimg,
-            cutoff=config.bound.cutoff,
-            c_max=bound.c_max,
-            outcome=bound.outcome,
-            probes=bound.probes,
-            trials=tuple(records),
-            best=best.num_clusters,
-            final=final,
-            tracking_uri=uri,
-            ui_command=ui_command(uri),
-            run_id=parent,
-        )
-        write_result(folder, result)
-        result.track(tracker)
+            result = find_visual_groups(ctx)
         state = "complete"
         return result
     except Exception:
         state = "failed"
         raise
     finally:
-        tracker.end(parent, state)
+        tracker.end(run_id, state)
+
+
+def _pack(source: ImageSource, store: Store, terminal: Terminal) -> Path:
+    """The folder with all images in one file; made unless it is there and whole."""
+    path = store.path("images", {"images": source.fingerprint})
+    try:
+        load_packed(path)
+    except UserError:
+        with terminal.stage(f"reading {len(source):,} images"):
+            for _ in pack(source, path):
+                pass
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ SMALL_SETTINGS = {
     "bound": {"c-start": 150, "resolution": 200},
     "granularity": {"num-trials": 3, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
     "score": {"num-images": 200, "num-steps": 4},
-    "final": {"total-kimg": 5, "num-images": 100, "num-sets": 2},
+    "final": {"total-kimg": 5, "num-images": 150, "num-sets": 2},
 }
 SMALL = [f"--{group}.{name}={value}" for group, values in SMALL_SETTINGS.items() for name, value in values.items()]
 

@@ -17,8 +17,7 @@ from cedm_ray.features.backbones import PIXELS, BackboneSpec
 from cedm_ray.features.neighbors import knn
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.context import Context
 
 Batch = dict[str, np.ndarray]
 
@@ -60,63 +59,43 @@ class Embedder:
         return {"index": batch["index"], "embedding": embedding}
 
 
-def embed(
-    config: SearchConfig,
-    folder: Path,
-    packed: PackedImages,
-    weights_hash: str,
-    store: Store,
-    shares: Shares,
-    board: Board,
-) -> Embeddings:
-    """The embeddings of a dataset, from the store or through the backbone.
-
-    Args:
-        config: The settings of the search.
-        folder: Folder of the packed images.
-        packed: The images.
-        weights_hash: What identifies the backbone's weights.
-        store: Where embeddings are kept.
-        shares: What the stages ask for of the cluster.
-        board: Where progress is told.
-
-    Returns:
-        Float32 embeddings in the order of the dataset.
-    """
-    inputs = {"images": packed.facts.pixels_sha256, "backbone": config.backbone, "weights": weights_hash}
-    path = store.path("embeddings", inputs)
-    if store.facts(path) is None:
-        with store.create(path, inputs, {"num_images": len(packed.images)}) as scratch:
-            _stream(config, folder / IMAGES, packed, scratch, shares, board)
+def embed(ctx: Context) -> Embeddings:
+    """The embeddings of the search's images, from the store or through the backbone."""
+    name = ctx.config.backbone
+    inputs = {"images": ctx.packed.facts.pixels_sha256, "backbone": name, "weights": ctx.weights_hash}
+    path = ctx.store.path("embeddings", inputs)
+    if ctx.store.facts(path) is None:
+        with ctx.store.create(path, inputs, {"num_images": len(ctx.packed)}) as scratch:
+            _stream(ctx, scratch)
     return Embeddings(_read(path), inputs)
 
 
-def _stream(config: SearchConfig, images: Path, packed: PackedImages, out: Path, shares: Shares, board: Board) -> None:
-    settings = config.embed
+def _stream(ctx: Context, out: Path) -> None:
+    settings, num_images = ctx.config.embed, len(ctx.packed)
     # An operator that takes every CPU stops the stream for good, without a word: the reading tasks need one too.
     spare = max(ray.cluster_resources().get("CPU", 1.0) - 1.0, 0.5)
     cpus = min(settings.cpus_per_actor, spare / settings.num_actors)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.range(len(packed.images), override_num_blocks=max(1, len(packed.images) // 2048))
+    rows = ray.data.range(num_images, override_num_blocks=max(1, num_images // 2048))
     stream = rows.map_batches(
-        read_images, batch_size=settings.batch_size, fn_kwargs={"images": images}, num_cpus=min(0.5, spare)
+        read_images, batch_size=settings.batch_size, fn_kwargs={"images": ctx.images / IMAGES}, num_cpus=min(0.5, spare)
     ).map_batches(
         Embedder,
         batch_size=settings.batch_size,
         compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
         num_cpus=cpus,
-        num_gpus=shares.gpus_per_worker,
+        num_gpus=ctx.shares.gpus_per_worker,
         fn_constructor_kwargs={
-            "backbone": backbone_spec(config, packed),
+            "backbone": backbone_spec(ctx.config, ctx.packed),
             "threads": max(1, round(settings.cpus_per_actor)),
-            "board": board,
-            "total": len(packed.images),
+            "board": ctx.board,
+            "total": num_images,
         },
     )
     try:
         stream.write_parquet(str(out), compression="zstd", row_group_size=5000)
     finally:
-        board.remove("embed")
+        ctx.board.remove("embed")
 
 
 def _read(path: Path) -> np.ndarray:
@@ -133,14 +112,14 @@ def _read(path: Path) -> np.ndarray:
     return values
 
 
-def neighbors(config: SearchConfig, embeddings: Embeddings, store: Store, shares: Shares) -> np.ndarray:
+def neighbors(ctx: Context, embeddings: Embeddings) -> np.ndarray:
     """The k nearest neighbours of each image by cosine, shape ``(N, k)`` int32, from the store or searched for."""
-    inputs = {**embeddings.inputs, "k": config.num_neighbors}
-    path = store.path("neighbors", inputs)
-    if store.facts(path) is None:
-        task = ray.remote(_search).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
-        with store.create(path, inputs, {}) as scratch:
-            found = ray.get(task.remote(embeddings.values, config.num_neighbors))
+    inputs = {**embeddings.inputs, "k": ctx.config.num_neighbors}
+    path = ctx.store.path("neighbors", inputs)
+    if ctx.store.facts(path) is None:
+        task = ray.remote(_search).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
+        with ctx.store.create(path, inputs, {}) as scratch:
+            found = ray.get(task.remote(embeddings.values, ctx.config.num_neighbors))
             np.save(scratch / "neighbors.npy", found, allow_pickle=False)
     stored: np.ndarray = np.load(path / "neighbors.npy", allow_pickle=False)
     return stored

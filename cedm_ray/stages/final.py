@@ -12,13 +12,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import load_packed
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.context import Context
 from cedm_ray.stages.granularity import Ledger, tune_trials
 from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.progress import Terminal
 from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.store import write_json
 from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE
@@ -26,37 +23,25 @@ from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE
 EXPORT_FOLDER = "export"
 
 
-def train_final(
-    config: SearchConfig,
-    ledger: Ledger,
-    best: TrialRecord,
-    data: Mapping[str, Any],
-    folder: Path,
-    shares: Shares,
-    terminal: Terminal,
-    board: Board,
-) -> FinalScore:
+def train_final(ctx: Context, ledger: Ledger, best: TrialRecord, data: Mapping[str, Any]) -> FinalScore:
     """Train the best trial on to the full budget and export it; goes on from its newest checkpoint.
 
     Args:
-        config: The settings of the search.
+        ctx: The search.
         ledger: Where trials are written down.
         best: The trial to go on with.
         data: References to ``embeddings`` and ``neighbors``.
-        folder: Of the run.
-        shares: What to ask for of the cluster.
-        terminal: Where progress is shown.
-        board: Where processes tell how far they are.
     """
-    total_kimg = config.final.total_kimg
-    with terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", board):
-        tune_trials(ledger, "final", data, folder, shares, board, params=best.params, total_kimg=total_kimg)
+    total_kimg = ctx.config.final.total_kimg
+    job = ledger.planner.job(best.params, total_kimg=total_kimg)
+    if not job.finally_scored(best.rungs[-1]):
+        with ctx.terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", ctx.board):
+            tune_trials(ctx, ledger, "final", data, params=best.params, total_kimg=total_kimg)
     record = next(record for record in ledger.records if record.key == best.key)
     last = record.rungs[-1]
-    if record.state != "complete" or "final_scores" not in last:
+    if record.state != "complete" or not job.finally_scored(last):
         raise RuntimeError(f"training {best.label} to the full budget failed: {record.reason}")
-    export = folder / EXPORT_FOLDER
-    job = ledger.planner.job(best.params, total_kimg=total_kimg)
+    export = ctx.folder / EXPORT_FOLDER
     scores = last["final_scores"]
     final = FinalScore(
         num_clusters=best.num_clusters,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.train
@@ -15,18 +15,14 @@ import ray.tune
 from ray.tune.search import ConcurrencyLimiter
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.plan import Planner, TrialJob
-from cedm_ray.stages.progress import Terminal, duration
+from cedm_ray.stages.progress import duration
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
 from cedm_ray.stages.searchers import GranularitySearcher, RungScheduler, log_spaced, tune_domain
 from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trial import SAMPLES_FILE, run_trial
-
-if TYPE_CHECKING:  # MLflow takes seconds to import, and only the driver needs it
-    from cedm_ray.stages.tracking import Tracker
 
 RUNG_NAMES = ("kimg", "nimg", "loss", "images_per_s", "score", "score_s", "final_scores", "final_images")
 
@@ -35,16 +31,13 @@ class Ledger:
     """The records of a search's trials: in the store for good, on the terminal and in MLflow as they come.
 
     Args:
+        ctx: The search; ``trials.json`` in its folder lists its trials in the order in which they started.
         planner: Turns parameters into jobs.
-        folder: Of the run; ``trials.json`` lists the parameters of its trials in the order in which they started.
-        terminal: Where people see the trials.
-        tracker: Where MLflow sees them.
-        board: Where their processes tell how far they are; a trial that was stopped cannot take itself off it.
     """
 
-    def __init__(self, planner: Planner, folder: Path, terminal: Terminal, tracker: Tracker, board: Board) -> None:
-        self.planner, self._file = planner, folder / "trials.json"
-        self._terminal, self._tracker, self._board = terminal, tracker, board
+    def __init__(self, ctx: Context, planner: Planner) -> None:
+        self.planner, self._file = planner, ctx.folder / "trials.json"
+        self._terminal, self._tracker, self._board = ctx.terminal, ctx.tracker, ctx.board
         self.params: list[dict[str, Any]] = read_json(self._file) or []
 
     @property
@@ -184,31 +177,19 @@ class Outlook:
         return said
 
 
-def search_granularity(
-    config: SearchConfig,
-    ledger: Ledger,
-    c_max: int,
-    data: Mapping[str, Any],
-    folder: Path,
-    shares: Shares,
-    terminal: Terminal,
-    board: Board,
-) -> list[TrialRecord]:
+def search_granularity(ctx: Context, ledger: Ledger, c_max: int, data: Mapping[str, Any]) -> list[TrialRecord]:
     """Train C-EDM for numbers of clusters in [2, c_max) and for the baselines; what is done already is not repeated.
 
     Args:
-        config: The settings of the search.
+        ctx: The search.
         ledger: Where trials are written down.
         c_max: The upper bound, excluded.
         data: References to ``embeddings`` and ``neighbors`` in the object store.
-        folder: Of the run.
-        shares: What to ask for of the cluster.
-        terminal: Where progress is shown.
-        board: Where processes tell how far they are.
 
     Returns:
         The records of all trials, baselines first.
     """
+    config, shares = ctx.config, ctx.shares
     settings = config.granularity
     over = [record for record in ledger.records if record.over and record.state != "failed"]
     known = [record for record in over if record.grouping == "temi"]
@@ -240,17 +221,9 @@ def search_granularity(
         scheduler.recall(known)
         concurrent = min(shares.max_trials, settings.max_concurrent or shares.max_trials)
         outlook = Outlook(ledger, num_trials + len(baselines))
-        with terminal.stage(f"searching over C in [2, {c_max})", board, outlook):
-            tune_trials(
-                ledger,
-                "granularity",
-                data,
-                folder,
-                shares,
-                board,
-                searcher=ConcurrencyLimiter(searcher, concurrent),
-                scheduler=scheduler,
-            )
+        with ctx.terminal.stage(f"searching over C in [2, {c_max})", ctx.board, outlook):
+            limited = ConcurrencyLimiter(searcher, concurrent)
+            tune_trials(ctx, ledger, "granularity", data, searcher=limited, scheduler=scheduler)
     return ledger.records
 
 
@@ -262,12 +235,10 @@ def _at(config: SearchConfig, path: str) -> Any:
 
 
 def tune_trials(
+    ctx: Context,
     ledger: Ledger,
     stage: str,
     data: Mapping[str, Any],
-    folder: Path,
-    shares: Shares,
-    board: Board,
     *,
     searcher: Any = None,
     scheduler: Any = None,
@@ -277,19 +248,22 @@ def tune_trials(
     """Run Tune until the searcher has no more, or one trial with given parameters; every report goes to the ledger.
 
     Args:
+        ctx: The search.
         ledger: Where trials are written down.
         stage: Name of the stage.
         data: References to ``embeddings`` and ``neighbors``.
-        folder: Of the run.
-        shares: What to ask for of the cluster.
-        board: Where processes tell how far they are.
         searcher: Proposes the parameters of trials.
         scheduler: Stops trials early (None: nobody does).
         params: Of the one trial, where there is no searcher.
         total_kimg: Train to the final budget (None: to the search's).
     """
     trainable = ray.tune.with_parameters(
-        run_trial, planner=ledger.planner, data=dict(data), board=board, shares=shares, total_kimg=total_kimg
+        run_trial,
+        planner=ledger.planner,
+        data=dict(data),
+        board=ctx.board,
+        shares=ctx.shares,
+        total_kimg=total_kimg,
     )
     ray.tune.Tuner(
         # The function only waits for its workers: it takes no CPU, and its place is the head.
@@ -300,7 +274,7 @@ def tune_trials(
         ),
         run_config=ray.tune.RunConfig(
             name=stage,
-            storage_path=str(folder / "ray"),
+            storage_path=str(ctx.folder / "ray"),
             verbose=0,
             callbacks=[LedgerCallback(ledger)],
             failure_config=ray.tune.FailureConfig(max_failures=1),

@@ -45,6 +45,11 @@ class TrialJob:
     def key(self) -> str:
         return self.path.name
 
+    def finally_scored(self, rung: Mapping[str, Any]) -> bool:
+        """Whether a rung is the last one of this job and holds the scores of its final sets of images."""
+        sets = len(rung.get("final_scores", ())), rung.get("final_images")
+        return rung["kimg"] >= self.rungs_kimg[-1] and sets == (self.final_sets, self.final_images)
+
     @property
     def checkpoints(self) -> Path:
         """Where Ray Train keeps the checkpoints; the same path goes on from the newest."""

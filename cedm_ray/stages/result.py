@@ -18,6 +18,7 @@ from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.store import read_json, write_json
 
 if TYPE_CHECKING:
+    from cedm_ray.stages.context import Context
     from cedm_ray.stages.tracking import Tracker
 
 RESULT_FILE = "result.json"
@@ -112,7 +113,7 @@ class SearchResult:
                 tracker.points(self.run_id, {"score_by_clusters": row.score}, step=row.num_clusters)
         for num_clusters, ratio in self.probes:
             tracker.points(self.run_id, {"utilization_ratio_by_clusters": ratio}, step=num_clusters)
-        for name in (*self.figures(), "trials.csv", RESULT_FILE):
+        for name in ("score_by_clusters.png", "score_by_kimg.png", "trials.csv"):
             tracker.artifact(self.run_id, Path(self.folder) / name)
         for file in sorted(Path(self.final.export).iterdir()):
             tracker.artifact(self.run_id, file, "export")
@@ -128,12 +129,16 @@ class SearchResult:
         )
 
 
-def write_result(folder: Path, result: SearchResult) -> None:
-    """Keep a result in the folder of its run, with its table and its figures; the JSON comes last."""
-    (folder / "trials.csv").write_text(to_csv(result.rows(), result.metric), encoding="utf-8")
+def write_result(ctx: Context, result: SearchResult) -> None:
+    """Keep a result with its table and its figures in the folder of its run and in MLflow.
+
+    The JSON comes last: what makes a search count as done is written when everything else is.
+    """
+    (ctx.folder / "trials.csv").write_text(to_csv(result.rows(), result.metric), encoding="utf-8")
     for name, figure in result.figures().items():
-        figure.savefig(folder / name, dpi=120)
-    write_json(folder / RESULT_FILE, asdict(result))
+        figure.savefig(ctx.folder / name, dpi=120)
+    result.track(ctx.tracker)
+    write_json(ctx.folder / RESULT_FILE, asdict(result))
 
 
 def read_result(folder: Path) -> SearchResult | None:

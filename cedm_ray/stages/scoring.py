@@ -10,7 +10,6 @@ import numpy as np
 import ray
 import torch
 
-from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import load_packed
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import BackboneSpec
@@ -18,7 +17,7 @@ from cedm_ray.metrics.detectors import Detector, FunctionDetector, metric_name
 from cedm_ray.metrics.frechet import FeatureSums
 from cedm_ray.metrics.lenet import load_lenet, save_lenet, train_lenet
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, backbone_spec
 from cedm_ray.stages.store import Store
 
@@ -58,34 +57,25 @@ def _backbone_detector(spec: BackboneSpec, weights_hash: str, device: torch.devi
     return FunctionDetector(backbone.name, backbone.dim, backbone, resize=backbone.resize, weights_hash=weights_hash)
 
 
-def prepare_scoring(
-    config: SearchConfig, images: Path, embeddings: Embeddings, weights_hash: str, store: Store, shares: Shares
-) -> Scoring:
+def prepare_scoring(ctx: Context, embeddings: Embeddings) -> Scoring:
     """The detector and the statistics of the real images, from the store or made now.
 
-    Args:
-        config: The settings of the search.
-        images: Folder of the packed images.
-        embeddings: The embeddings; with the backbone as the detector they are the real images' features.
-        weights_hash: Of the backbone.
-        store: Where detectors and statistics are kept.
-        shares: What to ask for of the cluster.
+    With the backbone as the detector, the embeddings are the real images' features.
     """
-    packed = load_packed(images)
-    backbone = backbone_spec(config, packed)
-    base = {"images": packed.facts.pixels_sha256, "detector": config.score.detector}
+    config, store = ctx.config, ctx.store
+    backbone = backbone_spec(config, ctx.packed)
+    base = {"images": ctx.packed.facts.pixels_sha256, "detector": config.score.detector}
     if config.score.detector == "lenet":
         inputs: dict[str, Any] = {**base, "seed": 0}
         path = store.path("detectors", inputs)
         if store.facts(path) is None:
-            task = ray.remote(_make_lenet).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
-            ray.get(task.remote(images, path, inputs, store))
-        stats = load_stats(path / STATS_FILE)
-        return Scoring(stats.facts, path / STATS_FILE, path / LENET_FILE, backbone)
-    inputs = {**base, "backbone": config.backbone, "weights": weights_hash}
+            task = ray.remote(_make_lenet).options(num_cpus=ctx.shares.cpus_per_probe)
+            ray.get(task.remote(ctx.images, path, inputs, store))
+        return Scoring(load_stats(path / STATS_FILE).facts, path / STATS_FILE, path / LENET_FILE, backbone)
+    inputs = {**base, "backbone": config.backbone, "weights": ctx.weights_hash}
     path = store.path("references", inputs)
     if store.facts(path) is None:
-        detector = _backbone_detector(backbone, weights_hash, torch.device("cpu"))
+        detector = _backbone_detector(backbone, ctx.weights_hash, torch.device("cpu"))
         _keep_stats(path, inputs, store, _sums(embeddings.values), detector)
     return Scoring(load_stats(path / STATS_FILE).facts, path / STATS_FILE, None, backbone)
 
@@ -97,19 +87,16 @@ def _sums(features: np.ndarray) -> FeatureSums:
     return sums
 
 
-def _stats(sums: FeatureSums, detector: Detector) -> FeatureStats:
-    mean, cov = sums.mean_cov()
-    return FeatureStats(
-        mean,
-        cov,
-        StatsFacts(detector.name, detector.weights_hash, detector.resize, "float32", detector.dim, int(sums.count)),
-    )
-
-
 def _keep_stats(path: Path, inputs: dict[str, Any], store: Store, sums: FeatureSums, detector: Detector) -> None:
     stats = _stats(sums, detector)
     with store.create(path, inputs, asdict(stats.facts)) as scratch:
         save_stats(stats, scratch / STATS_FILE)
+
+
+def _stats(sums: FeatureSums, detector: Detector) -> FeatureStats:
+    count, dim = int(sums.count), detector.dim
+    facts = StatsFacts(detector.name, detector.weights_hash, detector.resize, "float32", dim, count)
+    return FeatureStats(*sums.mean_cov(), facts)
 
 
 def _make_lenet(images: Path, path: Path, inputs: dict[str, Any], store: Store) -> None:

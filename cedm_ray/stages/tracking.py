@@ -73,7 +73,7 @@ class Tracker:
             raise UserError(
                 f"tracking store {uri} does not answer ({_first_line(error)}); start it, or give another --tracking-uri"
             ) from error
-        self.parent_id = ""
+        self.uri, self.parent_id = uri, ""
 
     def start(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
         """Open the parent run of a search, or go on with it; returns its id."""

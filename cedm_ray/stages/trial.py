@@ -103,7 +103,7 @@ def train_worker(loop: Mapping[str, Any]) -> None:
             ray.train.report(rung)  # Tune may not have heard of it before the interruption
         for kimg in worker.missing_rungs():
             _report(worker, worker.train_to(kimg, beat))
-        if job.final_sets and "final_scores" not in worker.rungs[-1]:
+        if job.final_sets and not job.finally_scored(worker.rungs[-1]):
             _report(worker, worker.finish())
     finally:
         if rank == 0:

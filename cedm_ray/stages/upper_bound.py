@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -17,15 +16,11 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.groupings import ClusteringJob, clustering_job
-from cedm_ray.stages.progress import Terminal
 from cedm_ray.stages.store import Store, write_json
-
-if TYPE_CHECKING:  # MLflow takes seconds to import, and only the driver needs it
-    from cedm_ray.stages.tracking import Tracker
 
 MAX_RETRIES = 2
 
@@ -105,132 +100,89 @@ class ProbeJobs:
 class ProbeCallback(DriverCallback):
     """Tells the terminal and MLflow of every probe."""
 
-    def __init__(self, terminal: Terminal, tracker: Tracker, jobs: ProbeJobs, cutoff: float) -> None:
-        self._terminal, self._tracker, self._jobs, self._cutoff = terminal, tracker, jobs, cutoff
+    def __init__(self, ctx: Context, jobs: ProbeJobs) -> None:
+        self._ctx, self._jobs = ctx, jobs
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        tell_probe(trial.last_result, self._terminal, self._tracker, self._jobs, self._cutoff)
+        tell_probe(self._ctx, self._jobs, trial.last_result)
 
 
-def tell_probe(facts: Mapping[str, Any], terminal: Terminal, tracker: Tracker, jobs: ProbeJobs, cutoff: float) -> None:
+def tell_probe(ctx: Context, jobs: ProbeJobs, facts: Mapping[str, Any]) -> None:
     """One line on the terminal and one child run in MLflow for a probe that is done."""
-    num_clusters, ratio = int(facts["num_clusters"]), float(facts["utilization_ratio"])
+    num_clusters, ratio, cutoff = int(facts["num_clusters"]), float(facts["utilization_ratio"]), ctx.config.bound.cutoff
     side = "above" if ratio > cutoff else "at or below"
-    terminal.line(f"  C={num_clusters}: {facts['num_used']} clusters used, r_C {ratio:.4f}, {side} {cutoff:g}")
-    job = jobs(num_clusters)
+    ctx.terminal.line(f"  C={num_clusters}: {facts['num_used']} clusters used, r_C {ratio:.4f}, {side} {cutoff:g}")
+    job, tracker = jobs(num_clusters), ctx.tracker
     run = tracker.child(
         f"probe/{job.path.name}",
         f"probe C={num_clusters}",
-        {"num_clusters": num_clusters, "temi.seed": job.seed},
+        {"num_clusters": num_clusters, "seed": job.seed},
         {"stage": "upper_bound", "C": num_clusters, "grouping": "temi"},
     )
-    tracker.metrics(
-        run, {"utilization_ratio": ratio, "num_used": facts["num_used"], "seconds": facts["seconds"]}, kimg=0
-    )
+    measured = {"utilization_ratio": ratio, "num_used": facts["num_used"], "seconds": facts["seconds"]}
+    tracker.metrics(run, measured, kimg=0)
     tracker.artifact(run, job.file, "clustering")
     tracker.end(run, "complete")
 
 
-def find_upper_bound(
-    config: SearchConfig,
-    embeddings: Embeddings,
-    neighbors: np.ndarray,
-    store: Store,
-    folder: Path,
-    shares: Shares,
-    terminal: Terminal,
-    tracker: Tracker,
-    board: Board,
-) -> UpperBound:
+def find_upper_bound(ctx: Context, embeddings: Embeddings, neighbors: np.ndarray) -> UpperBound:
     """Find C_max; probes whose clustering is stored are read, not run.
 
     Args:
-        config: The settings of the search.
+        ctx: The search; ``upper_bound.json`` goes into its folder.
         embeddings: The embeddings.
         neighbors: Neighbours, shape ``(N, k)``.
-        store: Where clusterings are kept.
-        folder: Of the run; ``upper_bound.json`` goes there.
-        shares: What to ask for of the cluster.
-        terminal: Where people see the probes.
-        tracker: Where MLflow sees them.
-        board: Where processes tell how far they are.
 
     Raises:
         UserError: If no number of clusters is left to train.
     """
-    jobs = ProbeJobs(config, embeddings.inputs, store)
-    settings = config.bound
-    largest = len(embeddings.values)
-    search = _told(
-        lambda: UpperBoundSearch(
-            min(settings.c_start, largest), settings.cutoff, resolution=settings.resolution, max_clusters=largest
-        ),
-        jobs,
-        store,
-        terminal,
-        tracker,
-    )
+    jobs = ProbeJobs(ctx.config, embeddings.inputs, ctx.store)
+    search = _told(ctx, jobs)
     if not search.done:
         searcher = ProbeSearcher(search)
-        _run(
-            searcher,
-            jobs,
-            embeddings.values,
-            neighbors,
-            folder,
-            shares,
-            ProbeCallback(terminal, tracker, jobs, settings.cutoff),
-            board,
-        )
+        _run(ctx, searcher, jobs, embeddings.values, neighbors)
         if not search.done:
-            raise RuntimeError(f"clustering failed {searcher.failures} times; see {folder / 'ray'} for the reason")
+            raise RuntimeError(f"clustering failed {searcher.failures} times; see {ctx.folder / 'ray'} for the reason")
     if search.c_max is None or search.outcome == "empty":
         raise UserError(
-            f"even 2 clusters are not all used (r_C at or below bound.cutoff {settings.cutoff:g}): "
+            f"even 2 clusters are not all used (r_C at or below bound.cutoff {search.cutoff:g}): "
             f"these embeddings hold no groups; try another --backbone"
         )
     found = UpperBound(search.c_max, search.outcome, tuple(search.probes))
-    write_json(folder / "upper_bound.json", {"c_max": found.c_max, "outcome": found.outcome, "probes": found.probes})
+    write_json(ctx.folder / "upper_bound.json", asdict(found))
     return found
 
 
-def _told(
-    new_search: Callable[[], UpperBoundSearch], jobs: ProbeJobs, store: Store, terminal: Terminal, tracker: Tracker
-) -> UpperBoundSearch:
+def _told(ctx: Context, jobs: ProbeJobs) -> UpperBoundSearch:
     """A search that knows every stored reading that it would ask for."""
-    rehearsal, search = new_search(), new_search()
+    settings, largest = ctx.config.bound, len(ctx.packed)
+    rehearsal, search = (
+        UpperBoundSearch(settings.c_start, settings.cutoff, resolution=settings.resolution, max_clusters=largest)
+        for _ in range(2)
+    )
     while (num_clusters := rehearsal.ask()) is not None:
-        facts = store.facts(jobs(num_clusters).path)
+        facts = ctx.store.facts(jobs(num_clusters).path)
         if facts is None:
             break
         for each in (rehearsal, search):
             each.tell(num_clusters, facts["utilization_ratio"])
-        tell_probe(facts, terminal, tracker, jobs, search.cutoff)
+        tell_probe(ctx, jobs, facts)
     return search
 
 
-def _run(
-    searcher: ProbeSearcher,
-    jobs: ProbeJobs,
-    embeddings: np.ndarray,
-    neighbors: np.ndarray,
-    folder: Path,
-    shares: Shares,
-    callback: ProbeCallback,
-    board: Board,
-) -> None:
+def _run(ctx: Context, searcher: ProbeSearcher, jobs: ProbeJobs, embeddings: np.ndarray, neighbors: np.ndarray) -> None:
+    cpus, gpus = ctx.shares.cpus_per_probe, ctx.shares.gpus_per_probe
     # Embeddings and neighbours lie in shared memory once; trials see read-only views of them.
     probe = ray.tune.with_parameters(
-        run_probe, jobs=jobs, embeddings=embeddings, neighbors=neighbors, cpus=shares.cpus_per_probe, board=board
+        run_probe, jobs=jobs, embeddings=embeddings, neighbors=neighbors, cpus=cpus, board=ctx.board
     )
-    resources = {"CPU": shares.cpus_per_probe, "GPU": shares.gpus_per_probe}
     ray.tune.Tuner(
-        ray.tune.with_resources(probe, {name: amount for name, amount in resources.items() if amount}),
+        ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
         tune_config=ray.tune.TuneConfig(search_alg=searcher, num_samples=-1),
         run_config=ray.tune.RunConfig(
             name="upper_bound",
-            storage_path=str(folder / "ray"),
+            storage_path=str(ctx.folder / "ray"),
             verbose=0,
-            callbacks=[callback],
+            callbacks=[ProbeCallback(ctx, jobs)],
         ),
     ).fit()

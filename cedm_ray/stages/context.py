@@ -1,0 +1,38 @@
+"""What all stages of one search share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cedm_ray.config import SearchConfig
+from cedm_ray.data.pack import PackedImages
+from cedm_ray.stages.board import Board
+from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.progress import Terminal
+from cedm_ray.stages.store import Store
+
+if TYPE_CHECKING:  # MLflow takes seconds to import, and only the driver needs it
+    from cedm_ray.stages.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Context:
+    """One search in its driver; never sent to another process."""
+
+    config: SearchConfig
+    folder: Path
+    """Of this search; what searches share is in the store."""
+    store: Store
+    images: Path
+    """Folder of the packed images."""
+    packed: PackedImages
+    weights_hash: str
+    """What identifies the backbone's weights."""
+    terminal: Terminal
+    tracker: Tracker
+    shares: Shares
+    """What the stages ask for of the cluster."""
+    board: Board
+    """Where processes tell how far they are."""
