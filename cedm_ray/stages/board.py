@@ -15,8 +15,14 @@ class _Works:
 
     def __init__(self) -> None:
         self._works: dict[str, Work] = {}
+        self._closed: set[str] = set()
+
+    def open(self, key: str) -> None:
+        self._closed.discard(key)
 
     def update(self, key: str, label: str, done: float, total: float, unit: str) -> None:
+        if key in self._closed:  # a worker that was stopped may still send a last word
+            return
         old = self._works.get(key)
         started = (old.started_s, old.started_done) if old and old.done <= done else (time.time(), done)
         self._works[key] = Work(label, done, total, unit, *started)
@@ -27,6 +33,7 @@ class _Works:
 
     def remove(self, key: str) -> None:
         self._works.pop(key, None)
+        self._closed.add(key)
 
     def works(self) -> list[Work]:
         return list(self._works.values())
@@ -38,6 +45,10 @@ class Board:
     def __init__(self) -> None:
         self._actor = ray.remote(num_cpus=0)(_Works).remote()
 
+    def open(self, key: str) -> None:
+        """Take what is said of a piece of work from now on, also if it was taken off before."""
+        self._actor.open.remote(key)
+
     def update(self, key: str, label: str, done: float, total: float, unit: str) -> None:
         """Say how far a piece of work is."""
         self._actor.update.remote(key, label, done, total, unit)
@@ -47,7 +58,7 @@ class Board:
         self._actor.add.remote(key, label, more, total, unit)
 
     def remove(self, key: str) -> None:
-        """Take a piece of work off the board."""
+        """Take a piece of work off the board; what late processes still say of it is not heard."""
         self._actor.remove.remote(key)
 
     def works(self) -> list[Work]:
@@ -65,6 +76,7 @@ class Beat:
     def __init__(self, board: Board, key: str, label: str, total: float, unit: str) -> None:
         self._board, self._key, self._label, self._total, self._unit = board, key, label, total, unit
         self._next_s = 0.0
+        board.open(key)
 
     def __call__(self, done: float) -> None:
         now_s = time.monotonic()
