@@ -117,8 +117,9 @@ def test_where_things_are_kept_does_not_change_what_is_computed() -> None:
 def test_rungs_grow_by_the_reduction_factor_and_end_at_the_budget() -> None:
     settings = load(["--dataset", "cifar10"]).granularity
     assert settings.rungs_kimg() == (12_500, 25_000, 50_000, 100_000)
-    uneven = load(["--granularity.grace-kimg", "10", "--granularity.reduction-factor", "3"]).granularity
-    assert uneven.rungs_kimg() == (10, 30, uneven.total_kimg)
+    flags = {"grace-kimg": 10, "reduction-factor": 3, "total-kimg": 70}
+    uneven = load(["--dataset", "cifar10", *(f"--granularity.{name}={value}" for name, value in flags.items())])
+    assert uneven.granularity.rungs_kimg() == (10, 30, 70)
 
 
 def test_other_values_are_checked_again() -> None:
