@@ -171,7 +171,7 @@ def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(
         (["--num-neighbors", "1797"], "num_neighbors is 1797; it must be below 1797"),
         (["--score.num-images", "63"], "score.num_images is 63; it must be at least 64"),
         (["--diffusion.channel-mult", "1", "2", "2", "2", "2"], "diffusion: "),
-        (["--resources.num-workers", "128"], "resources.num_workers is 128 with 1 CPU"),
+        (["--resources.num-workers", "64"], "resources.num_workers is 64 with 1 CPU"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
     ],
 )
