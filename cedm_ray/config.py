@@ -18,14 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.data.registry import KNOWN_DATASETS
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, require
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
-
-
-def _require(ok: bool, name: str, value: object, bound: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {value}; it must {bound}")
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,9 @@ class EmbedSettings:
     """CPUs of each of them; all together stay below the CPUs of the cluster."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
-        _require(self.num_actors >= 1, "num_actors", self.num_actors, "be at least 1")
-        _require(self.cpus_per_actor > 0, "cpus_per_actor", self.cpus_per_actor, "be above 0")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        require(self.num_actors >= 1, "num_actors", self.num_actors, "be at least 1")
+        require(self.cpus_per_actor > 0, "cpus_per_actor", self.cpus_per_actor, "be above 0")
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,9 @@ class BoundSettings:
     """Bisection ends when the bracket is at most this many clusters wide."""
 
     def __post_init__(self) -> None:
-        _require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
-        _require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
-        _require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
+        require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
+        require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
+        require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
 
 
 @dataclass(frozen=True)
@@ -85,17 +80,17 @@ class GranularitySettings:
     """Also train without conditioning (C = 1) and, where labels exist, on the labels."""
 
     def __post_init__(self) -> None:
-        _require(self.num_trials >= 1, "num_trials", self.num_trials, "be at least 1")
-        _require(self.grace_kimg >= 1, "grace_kimg", self.grace_kimg, "be at least 1")
-        _require(
+        require(self.num_trials >= 1, "num_trials", self.num_trials, "be at least 1")
+        require(self.grace_kimg >= 1, "grace_kimg", self.grace_kimg, "be at least 1")
+        require(
             self.total_kimg >= self.grace_kimg,
             "total_kimg",
             self.total_kimg,
             f"be at least grace_kimg ({self.grace_kimg})",
         )
-        _require(self.reduction_factor > 1, "reduction_factor", self.reduction_factor, "be above 1")
-        _require(self.startup_trials >= 1, "startup_trials", self.startup_trials, "be at least 1")
-        _require(
+        require(self.reduction_factor > 1, "reduction_factor", self.reduction_factor, "be above 1")
+        require(self.startup_trials >= 1, "startup_trials", self.startup_trials, "be at least 1")
+        require(
             self.max_concurrent is None or self.max_concurrent >= 1,
             "max_concurrent",
             self.max_concurrent,
@@ -122,9 +117,9 @@ class FinalSettings:
     """Images in each of them."""
 
     def __post_init__(self) -> None:
-        _require(self.total_kimg >= 1, "total_kimg", self.total_kimg, "be at least 1")
-        _require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
-        _require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
+        require(self.total_kimg >= 1, "total_kimg", self.total_kimg, "be at least 1")
+        require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
+        require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
 
 
 @dataclass(frozen=True)
@@ -139,9 +134,9 @@ class ScoreSettings:
     """Images generated at once by each worker."""
 
     def __post_init__(self) -> None:
-        _require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
-        _require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
+        require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
 
 
 @dataclass(frozen=True)
@@ -156,15 +151,15 @@ class ResourceSettings:
     """CPUs of one clustering (at most what the cluster has)."""
 
     def __post_init__(self) -> None:
-        _require(self.num_workers >= 1, "num_workers", self.num_workers, "be at least 1")
-        _require(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "be above 0")
-        _require(
+        require(self.num_workers >= 1, "num_workers", self.num_workers, "be at least 1")
+        require(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "be above 0")
+        require(
             self.gpus_per_worker is None or self.gpus_per_worker >= 0,
             "gpus_per_worker",
             self.gpus_per_worker,
             "be at least 0",
         )
-        _require(self.cpus_per_probe > 0, "cpus_per_probe", self.cpus_per_probe, "be above 0")
+        require(self.cpus_per_probe > 0, "cpus_per_probe", self.cpus_per_probe, "be above 0")
 
 
 class Choice(BaseModel):

@@ -6,3 +6,13 @@ class UserError(ValueError):
 
     The command line prints the message alone, without a traceback, and ends with exit status 2.
     """
+
+
+def require(ok: bool, name: str, value: object, bound: str) -> None:
+    """Refuse a setting that is out of its bound.
+
+    Raises:
+        ValueError: With the name, the value and the bound, unless ``ok``.
+    """
+    if not ok:
+        raise ValueError(f"{name} is {value}; it must {bound}")

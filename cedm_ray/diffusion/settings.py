@@ -4,12 +4,7 @@ from dataclasses import dataclass
 
 from cedm_ray.diffusion.augment import AUGMENT_DIM
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.errors import UserError
-
-
-def _require(ok: bool, name: str, value: object, bound: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {value}; it must {bound}")
+from cedm_ray.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -29,13 +24,13 @@ class NetSettings:
 
     def __post_init__(self) -> None:
         channels = self.model_channels
-        _require(channels >= 4 and channels % 4 == 0, "model_channels", channels, "be a positive multiple of 4")
+        require(channels >= 4 and channels % 4 == 0, "model_channels", channels, "be a positive multiple of 4")
         mult = self.channel_mult
-        _require(min(mult, default=0) >= 1, "channel_mult", mult, "name at least one level, each at least 1")
-        _require(self.num_blocks >= 1, "num_blocks", self.num_blocks, "be at least 1")
+        require(min(mult, default=0) >= 1, "channel_mult", mult, "name at least one level, each at least 1")
+        require(self.num_blocks >= 1, "num_blocks", self.num_blocks, "be at least 1")
         sides = self.attn_resolutions
-        _require(all(side >= 1 for side in sides), "attn_resolutions", sides, "be positive numbers of pixels")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "lie in [0, 1)")
+        require(all(side >= 1 for side in sides), "attn_resolutions", sides, "be positive numbers of pixels")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -62,14 +57,14 @@ class TrainSettings:
     """Standard deviation of the images, in units of the range [-1, 1]."""
 
     def __post_init__(self) -> None:
-        _require(self.total_batch >= 1, "total_batch", self.total_batch, "be at least 1")
+        require(self.total_batch >= 1, "total_batch", self.total_batch, "be at least 1")
         for name in ("lr", "ema_rampup_ratio", "P_std", "sigma_data"):
             value = getattr(self, name)
-            _require(value > 0, name, value, "be positive")
+            require(value > 0, name, value, "be positive")
         for name in ("lr_rampup_kimg", "ema_halflife_kimg"):
             value = getattr(self, name)
-            _require(value >= 0, name, value, "not be negative")
-        _require(0 <= self.augment_prob <= 1, "augment_prob", self.augment_prob, "lie in [0, 1]")
+            require(value >= 0, name, value, "not be negative")
+        require(0 <= self.augment_prob <= 1, "augment_prob", self.augment_prob, "lie in [0, 1]")
 
 
 def local_batch(total_batch: int, world_size: int) -> int:

@@ -107,7 +107,6 @@ class GranularitySearcher(Searcher):
         self._seed, self._num_trials, self._points = seed, num_trials, points
         self._baselines = list(baselines)
         self._proposed: dict[str, Params] = {}
-        self._baseline_ids: set[str] = set()
         known = list(known)
         for record in known:
             self._add(record, total_kimg)
@@ -132,7 +131,6 @@ class GranularitySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Params | str | None:
         if self._baselines:
-            self._baseline_ids.add(trial_id)
             baseline: Params = self._baselines.pop(0)
             return baseline
         if len(self._known) >= self._num_trials:
