@@ -7,7 +7,6 @@ import difflib
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,149 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.data.registry import KNOWN_DATASETS
-from cedm_ray.diffusion.settings import NetSettings, TrainSettings
-from cedm_ray.errors import UserError, require
+from cedm_ray.errors import UserError
+from cedm_ray.settings import (
+    BoundSettings,
+    DiffusionSettings,
+    EmbedSettings,
+    FinalSettings,
+    GranularitySettings,
+    ResourceSettings,
+    ScoreSettings,
+)
 
 _PACKAGE_DIR = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class EmbedSettings:
-    batch_size: int = 128
-    """Images that go through the backbone at once."""
-    num_actors: int = 1
-    """Processes that hold a copy of the backbone."""
-    cpus_per_actor: float = 1.0
-    """CPUs of each of them; all together stay below the CPUs of the cluster."""
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
-        require(self.num_actors >= 1, "num_actors", self.num_actors, "be at least 1")
-        require(self.cpus_per_actor > 0, "cpus_per_actor", self.cpus_per_actor, "be above 0")
-
-
-@dataclass(frozen=True)
-class BoundSettings:
-    c_start: int = 100
-    """Number of clusters of the first probe."""
-    cutoff: float = 0.96
-    """C_max is the first C at which the share of used clusters r_C falls to this."""
-    resolution: int = 10
-    """Bisection ends when the bracket is at most this many clusters wide."""
-
-    def __post_init__(self) -> None:
-        require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
-        require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
-        require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
-
-
-@dataclass(frozen=True)
-class DiffusionSettings(NetSettings, TrainSettings):
-    """The network and its training, in one group of flags."""
-
-    def __post_init__(self) -> None:
-        NetSettings.__post_init__(self)
-        TrainSettings.__post_init__(self)
-
-
-@dataclass(frozen=True)
-class GranularitySettings:
-    num_trials: int = 15
-    """Numbers of clusters C to try."""
-    total_kimg: int = 100_000
-    """Training of a trial that is not stopped early, in thousands of images seen."""
-    grace_kimg: int = 12_500
-    """First rung of early stopping, in thousands of images seen; the next ones follow by the reduction factor."""
-    reduction_factor: float = 2.0
-    """One in this many trials goes on from each rung."""
-    startup_trials: int = 5
-    """Trials of a log-spaced design over [2, C_max) before the sampler takes over."""
-    max_concurrent: int | None = None
-    """Trials at once (as many as the cluster holds, when not given)."""
-    baselines: bool = True
-    """Also train without conditioning (C = 1) and, where labels exist, on the labels."""
-
-    def __post_init__(self) -> None:
-        require(self.num_trials >= 1, "num_trials", self.num_trials, "be at least 1")
-        require(self.grace_kimg >= 1, "grace_kimg", self.grace_kimg, "be at least 1")
-        require(
-            self.total_kimg >= self.grace_kimg,
-            "total_kimg",
-            self.total_kimg,
-            f"be at least grace_kimg ({self.grace_kimg})",
-        )
-        require(self.reduction_factor > 1, "reduction_factor", self.reduction_factor, "be above 1")
-        require(self.startup_trials >= 1, "startup_trials", self.startup_trials, "be at least 1")
-        require(
-            self.max_concurrent is None or self.max_concurrent >= 1,
-            "max_concurrent",
-            self.max_concurrent,
-            "be at least 1",
-        )
-
-    def rungs_kimg(self) -> tuple[int, ...]:
-        """Where a trial is scored, in kimg: grace, grace * eta, ... and the end, ascending."""
-        rungs = []
-        rung = float(self.grace_kimg)
-        while rung < self.total_kimg:
-            rungs.append(round(rung))
-            rung *= self.reduction_factor
-        return (*rungs, self.total_kimg)
-
-
-@dataclass(frozen=True)
-class FinalSettings:
-    total_kimg: int = 200_000
-    """Training of the best C, in thousands of images seen."""
-    num_sets: int = 3
-    """Independent sets of images in the final score."""
-    num_images: int = 50_000
-    """Images in each of them."""
-
-    def __post_init__(self) -> None:
-        require(self.total_kimg >= 1, "total_kimg", self.total_kimg, "be at least 1")
-        require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
-        require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    detector: Literal["lenet", "backbone"] = "backbone"
-    """Features of the Frechet distance: a small classifier trained on the dataset's labels, or the backbone."""
-    num_images: int = 50_000
-    """Images that a trial generates at each rung."""
-    num_steps: int = 18
-    """Steps of the sampler; the network is evaluated 2 * num_steps - 1 times an image."""
-    batch_size: int = 256
-    """Images generated at once by each worker."""
-
-    def __post_init__(self) -> None:
-        require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
-        require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
-
-
-@dataclass(frozen=True)
-class ResourceSettings:
-    num_workers: int = 2
-    """Processes of one training (data parallel)."""
-    cpus_per_worker: float = 1.0
-    """CPUs of each of them."""
-    gpus_per_worker: float | None = None
-    """GPUs of each of them (when not given: 1 where the cluster has GPUs, else 0)."""
-    cpus_per_probe: float = 2.0
-    """CPUs of one clustering (at most what the cluster has)."""
-
-    def __post_init__(self) -> None:
-        require(self.num_workers >= 1, "num_workers", self.num_workers, "be at least 1")
-        require(self.cpus_per_worker > 0, "cpus_per_worker", self.cpus_per_worker, "be above 0")
-        require(
-            self.gpus_per_worker is None or self.gpus_per_worker >= 0,
-            "gpus_per_worker",
-            self.gpus_per_worker,
-            "be at least 0",
-        )
-        require(self.cpus_per_probe > 0, "cpus_per_probe", self.cpus_per_probe, "be above 0")
 
 
 class Choice(BaseModel):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import ray
 
-from cedm_ray.config import ResourceSettings, SearchConfig
+from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
+from cedm_ray.settings import ResourceSettings
 from cedm_ray.stages import RAY_ENVIRONMENT
 
 

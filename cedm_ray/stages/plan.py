@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cedm_ray.config import DiffusionSettings, ScoreSettings, SearchConfig
+from cedm_ray.config import SearchConfig
+from cedm_ray.settings import DiffusionSettings, ScoreSettings
 from cedm_ray.stages.groupings import ClusteringJob, clustering_job
 from cedm_ray.stages.scoring import Scoring
 from cedm_ray.stages.store import Store

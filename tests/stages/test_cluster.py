@@ -1,7 +1,7 @@
 import pytest
 
-from cedm_ray.config import ResourceSettings
 from cedm_ray.errors import UserError
+from cedm_ray.settings import ResourceSettings
 from cedm_ray.stages.cluster import shares
 
 
