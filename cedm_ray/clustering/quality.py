@@ -9,6 +9,8 @@ from torch import Tensor
 Assignments = Tensor | NDArray[Any]
 """Cluster of each image, shape ``(N,)``, any integer dtype."""
 
+_SUM_TOLERANCE = 1e-6  # lets shares pass that were once float32
+
 
 def utilization_ratio(assignments: Assignments, num_clusters: int) -> float:
     """Share of the available clusters that hold at least one image, r_C = C_u / C.
@@ -62,6 +64,31 @@ def cluster_probs(assignments: Assignments, num_clusters: int) -> NDArray[np.flo
     counts = _counts(assignments, num_clusters)
     probs: NDArray[np.float64] = counts / counts.sum()
     return probs
+
+
+def kl_from_uniform(cluster_probs: NDArray[np.floating[Any]]) -> float:
+    """Kullback-Leibler divergence of q(c) from the uniform distribution, ``sum_c q(c) log(q(c) C)``.
+
+    Args:
+        cluster_probs: Share of the images in each cluster, q(c), shape ``(C,)``; an empty cluster adds nothing.
+
+    Returns:
+        The divergence in nats, in ``[0, log C]``: 0 for clusters of one size, log C for a single used cluster.
+
+    Raises:
+        ValueError: If q is not of shape ``(C,)``, holds a value that is negative or not finite, or does not sum to 1.
+
+    Source: arXiv 2403.00570.
+    """
+    probs = np.asarray(cluster_probs, dtype=np.float64)
+    if probs.ndim != 1 or probs.size == 0:
+        raise ValueError(f"cluster_probs have shape {probs.shape}; they must be (C,)")
+    if not np.all((probs >= 0) & (probs <= 1 + _SUM_TOLERANCE)):  # also refuses NaN
+        raise ValueError("cluster_probs hold a value outside [0, 1]")
+    if abs(probs.sum() - 1) > _SUM_TOLERANCE:
+        raise ValueError(f"cluster_probs sum to {probs.sum():.6g}; they must sum to 1")
+    held = probs[probs > 0]
+    return max(float(np.sum(held * np.log(held * probs.size))), 0.0)
 
 
 def _counts(assignments: Assignments, num_clusters: int) -> NDArray[np.int64]:

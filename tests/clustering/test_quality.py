@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata
+from scipy.stats import entropy, rankdata
 from sklearn.metrics.cluster import contingency_matrix
 
 from cedm_ray.clustering.labels import from_labels
-from cedm_ray.clustering.quality import cluster_probs, num_used, utilization_ratio
+from cedm_ray.clustering.quality import cluster_probs, kl_from_uniform, num_used, utilization_ratio
 
 
 def test_utilization_of_known_assignments() -> None:
@@ -52,3 +52,32 @@ def test_labels_become_a_clustering_without_heads() -> None:
     np.testing.assert_array_equal(clustering.cluster_probs, [0.25, 0.5, 0, 0.25])
     assert clustering.best_head is None and clustering.head_losses.size == 0 and (clustering.max_prob == 1).all()
     assert from_labels(np.array([1, 0], np.uint8), 2).assignments.dtype == np.int64
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 17, 400])
+def test_the_divergence_from_uniform_agrees_with_scipy(num_clusters: int) -> None:
+    counts = np.random.default_rng(num_clusters).integers(0, 5, size=num_clusters) + (np.arange(num_clusters) == 0)
+    probs = counts / counts.sum()
+    expected = entropy(probs, np.full(num_clusters, 1 / num_clusters))
+    assert kl_from_uniform(probs) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert kl_from_uniform(probs.astype(np.float32)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_divergence_is_zero_for_equal_clusters_and_log_c_for_a_single_one() -> None:
+    assert 0 <= kl_from_uniform(np.full(7, 1 / 7)) < 1e-15
+    assert kl_from_uniform(np.eye(50)[3]) == pytest.approx(np.log(50), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("probs", "message"),
+    [
+        ([0.5, 0.6], "sum to 1.1; they must sum to 1"),
+        ([1.5, -0.5], r"outside \[0, 1\]"),
+        ([0.5, np.nan], r"outside \[0, 1\]"),
+        ([[0.5, 0.5]], r"shape \(1, 2\); they must be \(C,\)"),
+        ([], r"shape \(0,\)"),
+    ],
+)
+def test_shares_that_are_no_distribution_are_refused(probs: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kl_from_uniform(np.array(probs))
