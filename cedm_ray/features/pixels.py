@@ -1,6 +1,7 @@
 """Pixels as features, for images so small that no backbone knows them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class PixelBackbone:
 
     name = "pixels"
     resize = "none"
+    dtype: Literal["float32"] = "float32"
 
     def __init__(self, stats: PixelStats, device: torch.device | str) -> None:
         self.dim = stats.mean.size

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from cedm_ray.errors import UserError
 
-_NESTS = ("state_dict", "model")
-_SUFFIXES = (".safetensors", ".pt", ".pth")
+# Where training programs keep a model's tensors; the teacher, an average of the student over time, goes before it.
+_NESTS = ("state_dict", "model", "teacher", "student")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
+_NAMESPACE = "argparse.Namespace"  # a training's arguments: plain values, but an object
+_STRIP = (
+    "save its tensors alone: import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
+    "torch.save(torch.load(FILE, map_location='cpu')[KEY], NEW_FILE), with KEY teacher, state_dict or model"
+)
 
 
 def file_sha256(path: Path) -> str:
@@ -34,7 +40,7 @@ def check_weights(path: Path) -> None:
     """Look at the first bytes of a weight file, without reading the tensors.
 
     Args:
-        path: A ``.safetensors``, ``.pt`` or ``.pth`` file.
+        path: A ``.safetensors`` file, or one of ``torch.save``: ``.pt``, ``.pth``, ``.bin`` or ``.tar``.
 
     Raises:
         UserError: If the file is missing, has another ending, or does not begin as its ending says.
@@ -61,32 +67,51 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict; nothing in the file can run code.
 
     Args:
-        path: A ``.safetensors`` file, or a ``.pt`` or ``.pth`` file of tensors; in the latter the state dict may lie
-            under ``state_dict`` or ``model``, and its names may begin with ``module.``.
+        path: A ``.safetensors`` file, or one of ``torch.save`` that holds tensors and plain values alone; in the latter
+            the state dict may lie under ``state_dict``, ``model``, ``teacher`` or ``student``, beside other things,
+            and its names may begin with ``module.``.
 
     Returns:
         Tensors by name, on the CPU.
 
     Raises:
-        UserError: If the file cannot be read, or holds anything but tensors.
+        UserError: If the file cannot be read, or holds objects or no state dict.
     """
     check_weights(path)
-    try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # torch names no common class for what a damaged file can raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"backbone weights {path} cannot be read ({reason}); only files of plain tensors are, save a state dict"
-        ) from error
+    content = _loaded(path)
     while isinstance(content, Mapping) and (nest := next((name for name in _NESTS if name in content), None)):
         content = content[nest]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    named = dict(content) if isinstance(content, Mapping) else {}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    others = [value for value in named.values() if not isinstance(value, Tensor | int | float | str | None)]
+    if not tensors or others:
         raise UserError(f"backbone weights {path} hold no state dict; save one, bare or under {' or '.join(_NESTS)}")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return {name.removeprefix("module."): value for name, value in tensors.items()}
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names no common class for what a damaged file can raise
+        objects = _objects(path)
+        reason = f"they hold {', '.join(objects)}, not plain tensors alone" if objects else _first_sentence(error)
+        advice = _STRIP if objects == [_NAMESPACE] else "get a file of plain tensors, a state dict, from its maker"
+        raise UserError(f"backbone weights {path} cannot be read ({reason}); {advice}") from error
+
+
+def _objects(path: Path) -> list[str]:
+    """Names of what a file holds beside tensors and plain values."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a damaged file, or none of torch.save
+        return []
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0].partition(". ")[0] if lines else type(error).__name__
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], *, classifiers: tuple[str, ...], source: str) -> None:
@@ -114,5 +139,5 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, classifiers: tuple[st
     for what, names in (("lack", missing), ("have unknown", unexpected), ("have another shape for", shapes)):
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{source} {what} {some}; pass the weights of this very model by timm's names")
+            raise UserError(f"{source} {what} {some}; pass the weights of this very model")
     model.load_state_dict(given, strict=False)

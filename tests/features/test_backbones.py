@@ -13,7 +13,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from cedm_ray.errors import UserError
+from cedm_ray.features import backbones
 from cedm_ray.features.backbones import check_backbone, load_backbone
+from cedm_ray.features.model_backbone import compute_dtype
 from cedm_ray.features.pixels import PixelStats, pixel_stats
 from cedm_ray.features.weights import file_sha256
 
@@ -112,12 +114,32 @@ def test_mistakes_are_found_before_a_model_is_built(tmp_path: Path, monkeypatch:
         check_backbone("efficientnet_light0", None)
     with pytest.raises(UserError, match=r"gone\.pth do not exist"):
         check_backbone(NAME, tmp_path / "gone.pth")
-    for name, message in (("w.bin", "end in"), ("w.pth", "not a tensor file"), ("w.safetensors", "cannot be read")):
+    for name, message in (("w.npz", "end in"), ("w.pth", "not a tensor file"), ("w.safetensors", "cannot be read")):
         (tmp_path / name).write_bytes(b"no tensors here")
         with pytest.raises(UserError, match=message):
             check_backbone(NAME, tmp_path / name)
     with pytest.raises(UserError, match="no weights"):
         check_backbone("pixels", tmp_path / "w.pth")
+
+
+def test_on_a_gpu_the_network_runs_in_bfloat16_and_the_transform_does_not(
+    full_model: torch.nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compute_dtype("cuda:1") == "bfloat16" and compute_dtype(torch.device("cpu")) == "float32"
+    path = saved(full_model.state_dict(), tmp_path / "w.pth")
+    exact = load_backbone(NAME, path, device="cpu")
+    monkeypatch.setattr(backbones, "compute_dtype", lambda device: "bfloat16")
+    rounded = load_backbone(NAME, path, device="cpu")
+    assert (exact.dtype, rounded.dtype) == ("float32", "bfloat16")
+    found, wanted = rounded(images), exact(images)
+    assert found.dtype == torch.float32 and not torch.equal(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * wanted.std().item())
+    seen: list[torch.dtype] = []
+    rounded._model.conv_stem.register_forward_hook(  # type: ignore[attr-defined]
+        lambda layer, inputs, output: seen.extend((inputs[0].dtype, output.dtype, layer.weight.dtype))
+    )
+    rounded(images)
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +172,7 @@ def test_pixels_are_centred_and_scaled_as_sklearn_does(channels: int) -> None:
 def test_a_constant_channel_gives_zeros() -> None:
     images = np.full((9, 1, 2, 2), 7, np.uint8)
     backbone = load_backbone("pixels", None, device="cpu", pixel_stats=pixel_stats(images))
-    assert (backbone(torch.from_numpy(images)) == 0).all()
+    assert (backbone(torch.from_numpy(images)) == 0).all() and backbone.dtype == "float32"
 
 
 def test_pixels_of_another_shape_or_without_statistics_are_refused() -> None:
