@@ -1,22 +1,28 @@
-"""CIFAR-10 and CIFAR-100, training split, from any of the official archives or their unpacked folders."""
+"""CIFAR-10 and CIFAR-100, training or test split, from any of the official archives or their unpacked folders."""
 
 import os
 import tempfile
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from cedm_ray.data import class_names
 from cedm_ray.data.cifar_files import RESOLUTION, Batch, CifarLayout, read_archive, read_binary, read_file, read_python
 from cedm_ray.data.sources import ArraySource
 from cedm_ray.errors import UserError
+
+Split = Literal["train", "test"]
 
 _PROBE_TIMEOUT_S = 15
 
 CIFAR10 = CifarLayout(
     name="cifar10",
-    num_classes=10,
+    class_names=class_names.CIFAR10,
+    num_superclasses=None,
     images_per_file=10_000,
     binary_folder="cifar-10-batches-bin",
     binary_archive="cifar-10-binary.tar.gz",
@@ -27,10 +33,12 @@ CIFAR10 = CifarLayout(
     python_archive="cifar-10-python.tar.gz",
     python_files=tuple(f"data_batch_{i}" for i in range(1, 6)),
     python_label_key=b"labels",
+    python_superclass_key=b"",
 )
 CIFAR100 = CifarLayout(
     name="cifar100",
-    num_classes=100,
+    class_names=class_names.CIFAR100,
+    num_superclasses=20,
     images_per_file=50_000,
     binary_folder="cifar-100-binary",
     binary_archive="cifar-100-binary.tar.gz",
@@ -41,11 +49,28 @@ CIFAR100 = CifarLayout(
     python_archive="cifar-100-python.tar.gz",
     python_files=("train",),
     python_label_key=b"fine_labels",
+    python_superclass_key=b"coarse_labels",
 )
 
 
+def of_split(layout: CifarLayout, split: Split) -> CifarLayout:
+    """The files of one split: of ``train`` the layout as it stands, of ``test`` that of the 10,000 test images.
+
+    Raises:
+        ValueError: Of any other split.
+    """
+    if split == "train":
+        return layout
+    if split != "test":
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
+    binary, python = ("test_batch.bin", "test_batch") if layout.num_superclasses is None else ("test.bin", "test")
+    return replace(
+        layout, name=f"{layout.name}-test", images_per_file=10_000, binary_files=(binary,), python_files=(python,)
+    )
+
+
 def open_cifar(layout: CifarLayout, data_dir: Path, *, download: bool = True) -> ArraySource:
-    """The training images of CIFAR-10 (``CIFAR10``) or CIFAR-100 (``CIFAR100``, fine labels), in the official order.
+    """The images of CIFAR-10 (``CIFAR10``) or CIFAR-100 (``CIFAR100``), in the official order.
 
     Looks in ``data_dir`` for the unpacked binary files, their archive, the unpacked python files and their archive,
     in that order, and downloads the binary archive when none is there. Archives are read in memory; nothing is
@@ -53,12 +78,13 @@ def open_cifar(layout: CifarLayout, data_dir: Path, *, download: bool = True) ->
     and calls no code, so that a forged file cannot run anything.
 
     Args:
-        layout: Which dataset.
+        layout: Which dataset, and which split of it: as it stands here the training images.
         data_dir: Folder that holds (or will hold) the official files.
         download: Whether to fetch the archive (162 MB, checked by its MD5) when it is missing.
 
     Returns:
-        50,000 colour images of 32x32 pixels; the fingerprint depends on pixels and labels, not on the edition.
+        50,000 (10,000) colour images of 32x32 pixels with their labels, for CIFAR-100 the fine ones, and its coarse
+        ones as superclasses; the fingerprint depends on pixels and labels, not on the edition.
 
     Raises:
         UserError: If the files are missing, incomplete, damaged or forged; it names the file.
@@ -69,9 +95,18 @@ def open_cifar(layout: CifarLayout, data_dir: Path, *, download: bool = True) ->
         batches = _find(layout, data_dir)
     if batches is None:
         raise UserError(f"{layout.name} is not in {data_dir}: {_way_out(layout)}")
-    images = np.concatenate([pixels.reshape(-1, 3, RESOLUTION, RESOLUTION) for pixels, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
-    return ArraySource(layout.name, "1", images, labels, layout.num_classes)
+    images = np.concatenate([batch.pixels.reshape(-1, 3, RESOLUTION, RESOLUTION) for batch in batches])
+    labels = np.concatenate([batch.labels for batch in batches])
+    coarse = [batch.superclasses for batch in batches if batch.superclasses is not None]
+    return ArraySource(
+        layout.name,
+        "1",
+        images,
+        labels,
+        layout.num_classes,
+        superclasses=(np.concatenate(coarse), layout.num_superclasses) if layout.num_superclasses else None,
+        class_names=layout.class_names,
+    )
 
 
 def _way_out(layout: CifarLayout) -> str:

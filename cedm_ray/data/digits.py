@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from cedm_ray.data.class_names import DIGITS
 from cedm_ray.data.sources import ArraySource
 
 
@@ -14,4 +15,5 @@ def digits() -> ArraySource:
 
     bunch = load_digits()
     images = np.rint(np.asarray(bunch.images) * (255.0 / 16.0)).astype(np.uint8)[:, None]
-    return ArraySource("digits", "1", images, np.asarray(bunch.target).astype(np.int64), 10)
+    labels = np.asarray(bunch.target).astype(np.int64)
+    return ArraySource("digits", "1", images, labels, 10, class_names=DIGITS)

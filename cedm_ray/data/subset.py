@@ -1,10 +1,13 @@
 """The first images of a source, for trying things out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cedm_ray.data.images import Outcome
+from cedm_ray.data.sieve import read_each
 from cedm_ray.data.sources import ImageSource, check_range
 from cedm_ray.errors import UserError
 
@@ -54,6 +57,18 @@ class FirstImages:
         labels = self.source.labels()
         return None if labels is None else labels[: self.count]
 
+    def superclasses(self) -> tuple[NDArray[np.int64], int] | None:
+        level = self.source.superclasses()
+        return None if level is None else (level[0][: self.count], level[1])
+
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.source.class_names()
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         check_range(start, stop, self.count)
         return self.source.read(start, stop)
+
+    def read_each(self, start: int, stop: int) -> Iterable[Outcome]:
+        """Images ``start`` to ``stop - 1``, or what is wrong with them."""
+        check_range(start, stop, self.count)
+        return read_each(self.source, start, stop)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torchvision
 
-from cedm_ray.data.cifar import CIFAR10, CIFAR100, open_cifar
+from cedm_ray.data.cifar import CIFAR10, CIFAR100, of_split, open_cifar
 from cedm_ray.data.cifar_files import CifarLayout
 from cedm_ray.errors import UserError
 
@@ -28,14 +28,18 @@ def tiny_batches(layout: CifarLayout) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
+def coarse(labels: np.ndarray) -> np.ndarray:
+    """Any rule does, if it is another than that of the fine labels."""
+    return (7 * labels + 3) % 20
+
+
 def binary_bytes(layout: CifarLayout, pixels: np.ndarray, labels: np.ndarray) -> bytes:
-    # The coarse label of CIFAR-100 comes first; here it is a value that the fine label never has.
-    columns = [np.full(len(labels), 19)] * (layout.label_bytes - 1) + [labels]
+    columns = [coarse(labels)] * (layout.label_bytes - 1) + [labels]  # the coarse label of CIFAR-100 comes first
     return np.concatenate([np.stack(columns, 1).astype(np.uint8), pixels], axis=1).tobytes()
 
 
 def pickle_bytes(layout: CifarLayout, pixels: np.ndarray, labels: np.ndarray) -> bytes:
-    content = {b"data": pixels, layout.python_label_key: labels.tolist(), b"coarse_labels": [19] * len(labels)}
+    content = {b"data": pixels, layout.python_label_key: labels.tolist(), b"coarse_labels": coarse(labels).tolist()}
     return pickle.dumps(content, protocol=2)
 
 
@@ -94,6 +98,12 @@ def test_every_edition_gives_the_same_images_in_order(layout: CifarLayout, editi
     np.testing.assert_array_equal(source.read(0, len(source)), pixels)
     np.testing.assert_array_equal(source.labels(), np.concatenate([v for _, v in batches]))
     assert (source.resolution, source.channels, source.num_classes) == (32, 3, layout.num_classes)
+    level = source.superclasses()
+    if layout.name == "cifar10":
+        assert level is None
+    else:
+        assert level is not None and level[1] == 20
+        np.testing.assert_array_equal(level[0], coarse(np.concatenate([v for _, v in batches])))
     assert sorted(tmp_path.rglob("*")) == before  # nothing was extracted
     (tmp_path / "other").mkdir()
     write_edition(layout, tmp_path / "other", "binary folder", batches)
@@ -110,6 +120,34 @@ def test_a_pickle_of_python_2_is_read_as_torchvision_reads_it(tmp_path: Path, mo
     ours = open_cifar(TINY10, tmp_path, download=False)
     np.testing.assert_array_equal(ours.read(0, 20).transpose(0, 2, 3, 1), theirs.data)
     np.testing.assert_array_equal(ours.labels(), theirs.targets)
+
+
+@pytest.mark.parametrize("layout", [CIFAR10, CIFAR100], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("edition", ["binary folder", "binary archive", "python folder", "python archive"])
+def test_the_test_split_is_read_from_its_own_file(layout: CifarLayout, edition: str, tmp_path: Path) -> None:
+    test = of_split(layout, "test")
+    assert (test.images_per_file, of_split(layout, "train")) == (10_000, layout)
+    tiny_test, tiny_train = (dataclasses.replace(part, images_per_file=4) for part in (test, layout))
+    batches = [(pixels, labels[::-1]) for pixels, labels in tiny_batches(tiny_test)]
+    write_edition(tiny_test, tmp_path, edition, batches)
+    source = open_cifar(tiny_test, tmp_path, download=False)
+    np.testing.assert_array_equal(source.read(0, 4), batches[0][0].reshape(-1, 3, 32, 32))
+    np.testing.assert_array_equal(source.labels(), batches[0][1])
+    assert source.name == f"{layout.name}-test"
+    with pytest.raises(UserError, match=r"data_batch_1|train"):
+        open_cifar(tiny_train, tmp_path, download=False)
+
+
+def test_files_of_the_test_split_are_called_as_torchvision_calls_them() -> None:
+    for layout, theirs in [(CIFAR10, torchvision.datasets.CIFAR10), (CIFAR100, torchvision.datasets.CIFAR100)]:
+        assert of_split(layout, "test").python_files == tuple(name for name, _ in theirs.test_list)
+        assert layout.python_files == tuple(name for name, _ in theirs.train_list)
+
+
+def test_classes_are_numbered_alphabetically() -> None:
+    for layout, count, some in [(CIFAR10, 10, {3: "cat", 9: "truck"}), (CIFAR100, 100, {19: "cattle", 99: "worm"})]:
+        assert len(set(layout.class_names)) == count and list(layout.class_names) == sorted(layout.class_names)
+        assert {i: layout.class_names[i] for i in some} == some
 
 
 class Evil:
@@ -166,6 +204,10 @@ def test_a_label_out_of_range_is_refused(tmp_path: Path) -> None:
     write_edition(TINY100, tmp_path, "binary folder", [(pixels, labels + 100)])
     with pytest.raises(UserError, match=r"train\.bin holds label \d+; it must lie in \[0, 100\)"):
         open_cifar(TINY100, tmp_path)
+    path = tmp_path / TINY100.binary_folder / "train.bin"
+    path.write_bytes(bytes([20]) + binary_bytes(TINY100, pixels, labels)[1:])
+    with pytest.raises(UserError, match=r"train\.bin holds label 20; it must lie in \[0, 20\)"):
+        open_cifar(TINY100, tmp_path)
 
 
 def test_a_missing_batch_is_named(tmp_path: Path) -> None:
@@ -176,7 +218,7 @@ def test_a_missing_batch_is_named(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_unpacks_too_far_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cedm_ray.data.cifar_files._MAX_ARCHIVE_BYTES", 2**20)
+    monkeypatch.setattr("cedm_ray.data.cifar_files.MAX_TAR_BYTES", 2**20)
     with gzip.open(tmp_path / TINY10.binary_archive, "wb") as packed:
         packed.write(bytes(2**21))
     with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
@@ -229,3 +271,14 @@ def test_the_official_files_hold_5000_images_per_class() -> None:
     np.testing.assert_array_equal(labels[:5], [6, 9, 9, 4, 1])
     mean = np.mean([source.read(i, i + 5000).mean(axis=(0, 2, 3)) for i in range(0, 50_000, 5000)], axis=0) / 255
     np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=1e-4)  # as published everywhere
+
+
+@pytest.mark.slow
+def test_the_official_test_file_holds_1000_images_per_class() -> None:
+    data_dir = Path(os.environ.get("CEDM_RAY_DATA_DIR", "data"))
+    if not any((data_dir / name).exists() for name in (CIFAR10.binary_folder, CIFAR10.binary_archive)):
+        pytest.skip("set CEDM_RAY_DATA_DIR to a folder that holds the official CIFAR-10 files")
+    labels = open_cifar(of_split(CIFAR10, "test"), data_dir, download=False).labels()
+    assert labels is not None
+    np.testing.assert_array_equal(np.bincount(labels), np.full(10, 1000))
+    np.testing.assert_array_equal(labels[:5], [3, 8, 8, 0, 6])  # a cat, two ships, an airplane, a frog

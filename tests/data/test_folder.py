@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from cedm_ray.data.folder import FolderSource
+from cedm_ray.data.images import BadImageError
 from cedm_ray.errors import UserError
 
 
@@ -139,3 +140,34 @@ def test_a_block_outside_the_folder_is_refused(tmp_path: Path) -> None:
     noise(16, 16).save(tmp_path / "a.png")
     with pytest.raises(IndexError):
         FolderSource(tmp_path, 16).read(0, 2)
+
+
+def test_first_level_folders_are_the_classes_in_sorted_order(tmp_path: Path) -> None:
+    for name in ["dog/1.png", "cat/deep/2.png", "Ape/3.png", "cat/0.png", ".hidden/4.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(16, 16).save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    source = FolderSource(tmp_path, 16, folder_labels=True)
+    np.testing.assert_array_equal(source.labels(), [0, 1, 1, 2])  # Ape/3 cat/0 cat/deep/2 dog/1
+    assert (source.num_classes, source.class_names(), source.superclasses()) == (3, ("Ape", "cat", "dog"), None)
+    plain = FolderSource(tmp_path, 16)
+    assert (plain.labels(), plain.num_classes, plain.class_names()) == (None, None, None)
+    assert plain.fingerprint != source.fingerprint
+    noise(16, 16).save(tmp_path / "stray.png")
+    with pytest.raises(UserError, match=r"stray\.png lies in .* itself, .*or leave --folder-labels out"):
+        FolderSource(tmp_path, 16, folder_labels=True)
+
+
+def test_a_file_that_is_gone_is_no_bad_image(tmp_path: Path) -> None:
+    noise(16, 16).save(tmp_path / "a.png")
+    source = FolderSource(tmp_path, 16)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png cannot be read \(No such file") as caught:
+        source.read(0, 1)
+    assert not isinstance(caught.value, BadImageError)
+
+
+def test_a_name_cannot_break_the_line_of_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a\n\x1b[2Jb.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match=r"a\\n\\x1b\[2Jb\.png is no readable"):
+        FolderSource(tmp_path, 16).check()

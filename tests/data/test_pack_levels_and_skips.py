@@ -1,0 +1,117 @@
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cedm_ray.data.images import BadImageError
+from cedm_ray.data.pack import load_packed, pack
+from cedm_ray.data.registry import open_source
+from cedm_ray.data.sources import ArraySource
+from cedm_ray.data.subset import FirstImages
+from cedm_ray.errors import UserError
+
+
+def two_levels() -> ArraySource:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 3, 8, 8), dtype=np.uint8), np.arange(30) % 6
+    return ArraySource("two", "1", images, labels, 6, superclasses=(labels // 2, 3), class_names=tuple("abcdef"))
+
+
+def test_superclasses_and_names_are_packed(tmp_path: Path) -> None:
+    source = two_levels()
+    list(pack(source, tmp_path))
+    packed = load_packed(tmp_path)
+    for images in (packed, FirstImages(packed, 30)):
+        level = images.superclasses()
+        assert level is not None and level[1] == 3
+        np.testing.assert_array_equal(level[0], np.arange(30) % 6 // 2)
+        assert images.class_names() == tuple("abcdef")
+    (tmp_path / "superclasses.npy").unlink()
+    with pytest.raises(UserError, match="delete it and pack again"):
+        load_packed(tmp_path)
+
+
+class Moody:
+    """A source of which some images are bad."""
+
+    def __init__(self, source: ArraySource, bad: set[int]) -> None:
+        self._source, self._bad = source, bad
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        for i in range(start, stop):
+            if i in self._bad:
+                raise BadImageError(f"image {i} is bad\nvery bad")
+        return self._source.read(start, stop)
+
+
+@pytest.mark.parametrize("block", [1, 7, 10, 1024])
+@pytest.mark.parametrize("bad", [set(), {0}, {29}, {3, 4, 5, 20}, set(range(10)), set(range(0, 30, 2))])
+def test_bad_images_are_left_out_with_their_labels(block: int, bad: set[int], tmp_path: Path) -> None:
+    source, kept = two_levels(), [i for i in range(30) if i not in bad]
+    assert list(pack(Moody(source, bad), tmp_path, block=block, on_bad_image="skip"))[-1] == 30
+    packed, level = load_packed(tmp_path), load_packed(tmp_path).superclasses()
+    np.testing.assert_array_equal(packed.images, source.read(0, 30)[kept])
+    np.testing.assert_array_equal(packed.labels(), np.arange(30)[kept] % 6)
+    assert level is not None
+    np.testing.assert_array_equal(level[0], np.arange(30)[kept] % 6 // 2)
+    assert (len(packed), packed.facts.skipped, packed.num_classes) == (30 - len(bad), len(bad), 6)
+    assert packed.facts.pixels_sha256 == hashlib.sha256(source.read(0, 30)[kept].tobytes()).hexdigest()
+    if bad:
+        lines = (tmp_path / "skipped.txt").read_text().splitlines()
+        assert lines == [f"image {i} is bad very bad" for i in sorted(bad)]
+    else:
+        assert not (tmp_path / "skipped.txt").exists()
+
+
+def test_more_than_half_bad_images_end_the_packing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"16 of the 30 images of two are bad, more than half .*image 15 is bad"):
+        list(pack(Moody(two_levels(), set(range(16))), tmp_path, on_bad_image="skip"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_image_ends_the_packing_unless_it_may_be_skipped(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="image 7 is bad"):
+        list(pack(Moody(two_levels(), {7}), tmp_path))
+
+
+def test_what_was_skipped_is_forgotten_when_the_folder_is_packed_again(tmp_path: Path) -> None:
+    list(pack(Moody(two_levels(), {7}), tmp_path, on_bad_image="skip"))
+    list(pack(two_levels(), tmp_path, on_bad_image="skip"))
+    assert not (tmp_path / "skipped.txt").exists() and load_packed(tmp_path).facts.skipped == 0
+
+
+def test_bad_files_members_and_rows_are_skipped_alike(tmp_path: Path) -> None:
+    files = []
+    for i in range(6):
+        file = io.BytesIO()
+        side = 4 if i == 1 else 16
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "png")
+        files.append(file.getvalue()[: 200 if i == 4 else None])
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, data in enumerate(files):
+            (tmp_path / "folder" / f"{i}.png").write_bytes(data)
+            archive.writestr(f"{i}.png", data)
+    pd.DataFrame({"image": files}).to_parquet(tmp_path / "a.parquet")
+    pixels = set()
+    for name in ("folder", "a.zip", "a.parquet"):
+        source = open_source(str(tmp_path / name), data_dir=tmp_path, resolution=16, on_bad_image="skip")
+        list(pack(FirstImages(source, 6), tmp_path / "packed", on_bad_image="skip"))
+        facts = load_packed(tmp_path / "packed").facts
+        assert (facts.n, facts.skipped) == (4, 2)
+        reasons = (tmp_path / "packed" / "skipped.txt").read_text().splitlines()
+        assert "too small" in reasons[0] and "damaged" in reasons[1] and all(name in line for line in reasons)
+        pixels.add(facts.pixels_sha256)
+    assert len(pixels) == 1
