@@ -8,7 +8,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -18,15 +18,23 @@ from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.data.registry import KNOWN_DATASETS
 from cedm_ray.errors import UserError
 from cedm_ray.settings import (
+    SEARCHED,
     BoundSettings,
+    ClipSettings,
     DiffusionSettings,
     EmbedSettings,
     FinalSettings,
     GranularitySettings,
+    Grouping,
     ResourceSettings,
     ScoreSettings,
 )
 
+KMEANS_HAS_NO_BOUND = (
+    "grouping is kmeans, which fills every cluster whatever C is (r_C = 1), so that no upper bound can be found; "
+    "give one with --bound.c-max"
+)
+Settings = TypeVar("Settings")
 _PACKAGE_DIR = Path(__file__).resolve().parent
 
 
@@ -60,19 +68,34 @@ class SearchConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     dataset: str = "digits"
-    """digits, cifar10, cifar100, or the path of a folder of PNG, JPEG or WebP images."""
+    """digits, cifar10, cifar100, ffhq64, afhq64, or a path: a folder of images, a ZIP of EDM's kind, Parquet with an
+    image column, or a remote folder (s3://, gs://)."""
     data_dir: Path = Path("data")
     """Folder where the archives of the named datasets are, or are downloaded to."""
     resolution: int | None = None
     """Side of the images in pixels; a folder of images needs it."""
+    folder_labels: bool = False
+    """Take the sub-folders of a folder of images (or Parquet's label column) as class labels."""
+    image_column: str = "image"
+    """Column of Parquet files that holds the images."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a damaged, too small or too large image does: end the search, or be left out and counted."""
     max_images: int | None = None
     """Use only the first so many images (for trying things out)."""
     search_space: Path | None = None
     """YAML file with the settings to start from (when not given: the dataset's in search_spaces/)."""
     backbone: str = "vit_base_patch16_224.dino"
-    """Model that turns an image into an embedding: a timm name, or pixels."""
+    """Model that turns an image into an embedding: a timm name, open_clip:ARCH/TAG, or pixels."""
     backbone_weights: Path | None = None
     """File with its weights (safetensors, or tensors-only .pt/.pth)."""
+    detector_weights: Path | None = None
+    """Weights of FID's Inception-v3: a state dict or TorchScript (when not given: the canonical file, downloaded)."""
+    dinov2_weights: Path | None = None
+    """Weights of FDD's DINOv2 ViT-L/14 (when not given: timm's, downloaded)."""
+    grouping: Grouping = "temi"
+    """Condition of the diffusion model: temi or kmeans (searched over C), labels, superclasses, clip, none, or file."""
+    assignments: Path | None = None
+    """File with the cluster of each image, for grouping file: .npy, .csv, or .pt of tensors alone."""
     num_neighbors: int = 50
     """Nearest neighbours of each image, from which clustering draws its pairs."""
     storage_path: Path = Path("runs")
@@ -81,6 +104,7 @@ class SearchConfig(BaseModel):
     """MLflow tracking server (when not given: a database in the storage folder)."""
     seed: int = 0
     """Seed of everything random."""
+    clip: ClipSettings = ClipSettings()
     embed: EmbedSettings = EmbedSettings()
     temi: TemiSettings = TemiSettings()
     bound: BoundSettings = BoundSettings()
@@ -129,9 +153,27 @@ def _consistent(config: SearchConfig) -> SearchConfig:
             f"final.total_kimg is {config.final.total_kimg}; it must be at least granularity.total_kimg "
             f"({config.granularity.total_kimg})"
         )
+    _check_grouping(config)
     for path, domain in config.space.items():
         _check_domain(config, path, domain)
     return config
+
+
+def _check_grouping(config: SearchConfig) -> None:
+    """Refuse a grouping that lacks what it is made from, or whose C cannot be bounded."""
+    if config.grouping == "kmeans" and config.bound.c_max is None:
+        raise UserError(KMEANS_HAS_NO_BOUND)
+    if (config.grouping == "file") != (config.assignments is not None):
+        raise UserError(
+            f"grouping is {config.grouping} and assignments is {config.assignments}; grouping file and a file "
+            "belong together: --grouping file --assignments FILE"
+        )
+    if config.space and config.grouping not in SEARCHED:
+        raise UserError(f"space is given, but nothing is searched over for grouping {config.grouping}; leave it out")
+    if config.bound.c_max is not None and config.grouping not in SEARCHED:
+        raise UserError(
+            f"bound.c_max is given, but C is not searched over for grouping {config.grouping}; leave it out"
+        )
 
 
 def _check_domain(config: SearchConfig, path: str, domain: Choice | Range) -> None:
@@ -230,14 +272,29 @@ def load(argv: Sequence[str]) -> SearchConfig:
     tree = read_space_file(path)
     if dataset is not None:
         tree = {**tree, "dataset": dataset}
-    return _consistent(_parsed(argv, _validated(tree, str(path))))
+    default = _validated(tree, str(path))
+    return _consistent(parse_flags(SearchConfig, argv, prog="python -m cedm_ray.search", default=default))
 
 
-def _parsed(argv: Sequence[str], default: SearchConfig) -> SearchConfig:
+def parse_flags(kind: type[Settings], argv: Sequence[str], *, prog: str, default: Settings | None = None) -> Settings:
+    """The settings that the flags of a command give.
+
+    Args:
+        kind: Class of the settings.
+        argv: Flags, without the program's name.
+        prog: How the command is called.
+        default: Settings to start from (None: the class' own defaults).
+
+    Raises:
+        UserError: If a flag is unknown or a value does not fit; the message is one line.
+        SystemExit: With status 0 after ``--help``.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(SearchConfig, prog="python -m cedm_ray.search", default=default, args=list(argv))
+            return tyro.cli(
+                kind, prog=prog, args=list(argv), default=default if default is not None else tyro.MISSING_NONPROP
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -260,10 +317,14 @@ def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
     """What of the settings decides the result, as plain JSON values.
 
     Where things are stored, and how many processes embed or cluster, is left out; the number of training workers
-    stays, because each worker draws its own noise.
+    stays, because each worker draws its own noise. Files are left out too: what they hold counts, not their place.
     """
     tree = config.model_dump(mode="json")
-    for name in ("storage_path", "tracking_uri", "data_dir", "search_space", "backbone_weights", "embed", "resources"):
+    places = ("storage_path", "tracking_uri", "data_dir", "search_space")
+    files = ("backbone_weights", "detector_weights", "dinov2_weights", "assignments")
+    for name in (*places, *files, "embed", "resources"):
         tree.pop(name)
+    for name in ("weights", "class_names"):
+        tree["clip"].pop(name)
     tree["granularity"].pop("max_concurrent")
     return {**tree, "num_workers": config.resources.num_workers}

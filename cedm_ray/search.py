@@ -9,12 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
-from cedm_ray.data.pack import load_packed, pack
+from cedm_ray.data.pack import load_packed
 from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
+from cedm_ray.features.weights import file_sha256
+from cedm_ray.stages.features import check_detectors
+from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.result import SearchResult, read_result, show
@@ -37,8 +40,10 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     terminal = terminal or Terminal()
     source = _open(config)
     weights_hash = check_backbone(config.backbone, config.backbone_weights)
+    detector_hashes = check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)
     storage = prepare_storage(config.storage_path)
-    key = key_of({"settings": fingerprint_tree(config), "images": source.fingerprint, "weights": weights_hash})
+    inputs = {"settings": fingerprint_tree(config), "images": source.fingerprint, "weights": weights_hash}
+    key = key_of({**inputs, "detectors": detector_hashes, "files": file_hashes(config)})
     folder = storage / f"{source.name}-{key[:8]}"
     done = read_result(folder)
     if done is not None:
@@ -48,16 +53,42 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     with noise_to(folder / "search.log", terminal):
-        return _search(config, key, source, weights_hash, folder, terminal)
+        return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
+
+
+def file_hashes(config: SearchConfig) -> dict[str, str]:
+    """What the files hold that decide the result beside the weights of backbone and detectors."""
+    files = {
+        "assignments": config.assignments,
+        "clip.weights": config.clip.weights,
+        "clip.class_names": config.clip.class_names,
+    }
+    missing = [f"{name} {file}" for name, file in files.items() if file and not file.expanduser().is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} does not exist; give the path of a file")
+    return {name: file_sha256(file.expanduser()) for name, file in files.items() if file}
 
 
 def _open(config: SearchConfig) -> ImageSource:
-    source = open_source(config.dataset, data_dir=config.data_dir.expanduser(), resolution=config.resolution)
+    source = open_source(
+        config.dataset,
+        data_dir=config.data_dir.expanduser(),
+        resolution=config.resolution,
+        folder_labels=config.folder_labels,
+        image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
+    )
     return source if config.max_images is None else FirstImages(source, config.max_images)
 
 
 def _search(
-    config: SearchConfig, key: str, source: ImageSource, weights_hash: str, folder: Path, terminal: Terminal
+    config: SearchConfig,
+    key: str,
+    source: ImageSource,
+    weights_hash: str,
+    detector_hashes: dict[str, str],
+    folder: Path,
+    terminal: Terminal,
 ) -> SearchResult:
     """Open what a search needs (packed images, MLflow, Ray), and close its run in MLflow whatever happens."""
     # Ray and MLflow take seconds to import, which a search that is done does not need.
@@ -70,10 +101,11 @@ def _search(
     storage = folder.parent
     store = Store(storage / "store")
     terminal.line(f"search {folder.name}, everything is kept under {storage}")
-    images = _pack(source, store, terminal)
+    images = pack_images(source, store, terminal, config.on_bad_image)
+    packed = load_packed(images)
     artifacts = None if config.tracking_uri else storage / "mlflow-artifacts"
     tracker = Tracker(config.tracking_uri or database_uri(storage), f"cedm_ray/{source.name}", artifacts)
-    tags = {"stage": "search", "dataset": source.name, "state": "running"}
+    tags = {"stage": "search", "dataset": source.name, "state": "running", "skipped_images": packed.facts.skipped}
     run_id = tracker.start(key, folder.name, flat(config.model_dump(mode="json")), tags)
     state = "interrupted"
     try:
@@ -84,8 +116,9 @@ def _search(
                 folder=folder,
                 store=store,
                 images=images,
-                packed=load_packed(images),
+                packed=packed,
                 weights_hash=weights_hash,
+                detector_hashes=detector_hashes,
                 terminal=terminal,
                 tracker=tracker,
                 shares=shares,
@@ -99,18 +132,6 @@ def _search(
         raise
     finally:
         tracker.end(run_id, state)
-
-
-def _pack(source: ImageSource, store: Store, terminal: Terminal) -> Path:
-    """The folder with all images in one file; made unless it is there and whole."""
-    path = store.path("images", {"images": source.fingerprint})
-    try:
-        load_packed(path)
-    except UserError:
-        with terminal.stage(f"reading {len(source):,} images"):
-            for _ in pack(source, path):
-                pass
-    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

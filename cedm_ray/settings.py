@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings
 from cedm_ray.errors import require
+
+Grouping = Literal["temi", "kmeans", "labels", "superclasses", "clip", "none", "file"]
+"""Where the condition of the diffusion model comes from; C can be searched over for temi and kmeans."""
+DetectorName = Literal["inception", "dinov2", "backbone", "lenet"]
+SEARCHED: tuple[Grouping, ...] = ("temi", "kmeans")
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Zero-shot pseudo-labels, for ``grouping clip``."""
+
+    model: str = "open_clip:ViT-bigG-14/laion2b_s39b_b160k"
+    """OpenCLIP model that compares images with class names."""
+    weights: Path | None = None
+    """File with its weights (when not given: downloaded)."""
+    class_names: Path | None = None
+    """Text file with one class name a line (when not given: the dataset's own)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,14 @@ class BoundSettings:
     """C_max is the first C at which the share of used clusters r_C falls to this."""
     resolution: int = 10
     """Bisection ends when the bracket is at most this many clusters wide."""
+    c_max: int | None = None
+    """Take this upper bound and look for none (k-means needs it)."""
 
     def __post_init__(self) -> None:
         require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
         require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
         require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
+        require(self.c_max is None or self.c_max >= 3, "c_max", self.c_max, "be at least 3")
 
 
 @dataclass(frozen=True)
@@ -110,8 +131,13 @@ class FinalSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    detector: Literal["lenet", "backbone"] = "backbone"
-    """Features of the Frechet distance: a small classifier trained on the dataset's labels, or the backbone."""
+    detector: DetectorName = "inception"
+    """Features of the Fréchet distance that is minimised: inception (FID), dinov2 (FDD), the backbone, or lenet (a
+    small classifier trained on the dataset's labels)."""
+    also: tuple[DetectorName, ...] = ()
+    """Detectors whose distances are measured and logged beside it."""
+    conditions: Literal["cluster_probs", "uniform"] = "cluster_probs"
+    """Clusters of generated images: drawn from q(c), or uniformly from the used clusters."""
     num_images: int = 50_000
     """Images that a trial generates at each rung."""
     num_steps: int = 18
@@ -122,7 +148,13 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
         require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
+        require(len(set(self.detectors)) == len(self.detectors), "also", self.also, "name each detector once")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+
+    @property
+    def detectors(self) -> tuple[DetectorName, ...]:
+        """All detectors, the one that decides first."""
+        return (self.detector, *self.also)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def test_the_paper_s_settings_are_the_defaults_for_cifar() -> None:
     assert (diffusion.model_channels, diffusion.channel_mult, diffusion.num_blocks) == (128, (2, 2, 2), 4)
     assert (config.granularity.total_kimg, config.final.total_kimg, config.bound.cutoff) == (100_000, 200_000, 0.96)
     assert config.backbone == "vit_base_patch16_224.dino" and config.num_neighbors == 50
+    assert config.score.detectors == ("inception", "dinov2") and config.score.conditions == "cluster_probs"
+    assert (config.score.num_images, config.final.num_images, config.final.num_sets) == (50_000, 50_000, 3)
 
 
 def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: Path) -> None:
@@ -71,6 +73,13 @@ def test_a_folder_starts_from_the_folder_s_file() -> None:
         (["--final.total-kimg", "1"], "final.total_kimg is 1; it must be at least granularity.total_kimg"),
         (["--granularity.grace-kimg", "100000"], "it must be at least grace_kimg (100000)"),
         (["--search-space", "gone.yaml"], "search space gone.yaml cannot be read"),
+        (["--grouping", "kmeans"], "fills every cluster whatever C is (r_C = 1), so that no upper bound can be found"),
+        (["--grouping", "file"], "grouping is file and assignments is None; grouping file and a file belong together"),
+        (["--assignments", "a.npy"], "grouping is temi and assignments is a.npy"),
+        (["--grouping", "labels", "--bound.c-max", "9"], "C is not searched over for grouping labels"),
+        (["--grouping", "words"], "invalid choice 'words'"),
+        (["--bound.c-max", "2"], "c_max is 2; it must be at least 3"),
+        (["--score.also", "lenet"], "also is ('lenet',); it must name each detector once"),
     ],
 )
 def test_a_wrong_flag_is_one_line_with_the_value_and_the_bound(argv: list[str], said: str) -> None:
@@ -110,7 +119,17 @@ def test_where_things_are_kept_does_not_change_what_is_computed() -> None:
     base = fingerprint_tree(load([]))
     elsewhere = ["--storage-path", "/x", "--data-dir", "/y", "--resources.cpus-per-worker", "0.5"]
     assert fingerprint_tree(load(elsewhere)) == base
-    for argv in (["--seed", "1"], ["--temi.gamma", "0.5"], ["--resources.num-workers", "4"]):
+    files = ["--detector-weights", "a.pt", "--dinov2-weights", "b.pt", "--clip.weights", "c.pt"]
+    assert fingerprint_tree(load(files)) == base  # what they hold counts, and enters the key as a hash
+    for argv in (
+        ["--seed", "1"],
+        ["--temi.gamma", "0.5"],
+        ["--resources.num-workers", "4"],
+        ["--score.conditions", "uniform"],
+        ["--score.also", "backbone"],
+        ["--grouping", "none"],
+        ["--on-bad-image", "skip"],
+    ):
         assert fingerprint_tree(load(argv)) != base
 
 

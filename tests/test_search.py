@@ -22,7 +22,7 @@ SMALL_SETTINGS = {
     "temi": {"epochs": 8, "warmup-epochs": 1},
     "bound": {"c-start": 150, "resolution": 200},
     "granularity": {"num-trials": 3, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
-    "score": {"num-images": 200, "num-steps": 4},
+    "score": {"num-images": 200, "num-steps": 4, "also": "backbone"},
     "final": {"total-kimg": 5, "num-images": 150, "num-sets": 2},
 }
 SMALL = [f"--{group}.{name}={value}" for group, values in SMALL_SETTINGS.items() for name, value in values.items()]
@@ -114,6 +114,23 @@ def test_the_table_holds_the_trials_the_baselines_and_nothing_at_or_above_c_max(
     assert result["final"]["kimg"] == 5 and result["final"]["num_sets"] == 2 and result["final"]["mean"] > 0
 
 
+def test_the_final_model_is_scored_by_every_detector_and_each_score_says_its_terms(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    final = result_of(finished[0])["final"]
+    scores = {(score["detector"], score["metric"]): score for score in final["scores"]}
+    shared = {"kid", "mss", "precision", "recall", "density", "coverage"}
+    for detector in ("lenet", "pixels"):
+        assert {metric for name, metric in scores if name == detector} == {
+            f"fd_{detector}", f"ufd_{detector}", *shared
+        }  # fmt: skip
+    own = scores["lenet", "fd_lenet"]
+    assert (own["value"], own["std"], own["num_sets"]) == (final["mean"], final["std"], 2)
+    assert all((score["num_images"], score["num_reference"]) == (150, 1797) for score in scores.values())
+    assert all(len(score["weights_hash"]) > 5 or score["detector"] == "pixels" for score in scores.values())
+    assert "Scores of the final model" in finished[1].stdout and "coverage" in finished[1].stdout
+
+
 def test_what_is_exported_can_be_used(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     result = result_of(finished[0])
     export = Path(result["final"]["export"])
@@ -142,8 +159,11 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
     assert len(children) == len(result["trials"])
     for trial in result["trials"]:
         (run,) = [run for run in children if run.info.run_name == trial["label"]]
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "fd_lenet")]
-        assert steps == [rung["kimg"] for rung in trial["rungs"]]
+        for metric in ("fd_lenet", "fd_pixels"):
+            points = client.get_metric_history(run.info.run_id, f"{metric}_200")  # the count is part of the name
+            assert [(p.step, p.value) for p in points] == [(rung["kimg"], rung[metric]) for rung in trial["rungs"]]
+        assert run.data.metrics["utilization_ratio"] == trial["utilization_ratio"]
+        assert ("anmi" in run.data.metrics) == (trial["grouping"] != "none")
         assert run.data.tags["state"] == trial["state"] and run.data.tags["grouping"] == trial["grouping"]
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert "samples.png" in names and ("clustering" in names) == (trial["grouping"] != "none")
@@ -151,6 +171,9 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
     assert {"score_by_clusters.png", "score_by_kimg.png", "trials.csv", "export"} <= names
     probes = [run for run in runs if run.data.tags.get("stage") == "upper_bound"]
     assert sorted(int(run.data.tags["C"]) for run in probes) == sorted(c for c, _ in result["probes"])
+    for run in probes:
+        assert {"utilization_ratio", "num_used", "kl_from_uniform", "anmi", "accuracy"} <= set(run.data.metrics)
+    assert 0.9 < parents[0].data.metrics["knn_accuracy_20"] < 1
 
 
 def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(

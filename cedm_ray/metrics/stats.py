@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cedm_ray.errors import UserError
-from cedm_ray.metrics.frechet import frechet_distance
+from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,22 @@ def load_stats(path: Path) -> FeatureStats:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no feature statistics ({error}); delete it and compute them again") from error
     return FeatureStats(mu, sigma, facts)
+
+
+def save_sums(sums: FeatureSums, path: Path) -> None:
+    """Write the sums of some images' features (without a shift) as one safetensors file."""
+    count, total, outer = (tensor.cpu().contiguous() for tensor in sums.tensors())
+    save_file({"count": count.reshape(1), "sum": total, "outer": outer}, path)
+
+
+def load_sums(path: Path) -> FeatureSums:
+    """Read what ``save_sums`` wrote.
+
+    Raises:
+        UserError: If the file is missing, damaged, or not such a file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FeatureSums.from_tensors(*(file.get_tensor(name) for name in ("count", "sum", "outer")))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} holds no sums of features ({error}); delete it and compute them again") from error

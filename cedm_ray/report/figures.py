@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cedm_ray.report.rows import Curve, Row, best_row, metric_title
+from cedm_ray.report.rows import Curve, Row, best_row, metric_title, one_count
 from cedm_ray.report.ticks import log_clusters, log_scores, nice_ticks, plain_ticks
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#c0392b", "#777777"
@@ -37,7 +37,11 @@ def score_figure(
 
     Returns:
         The figure, 8 by 7 inches.
+
+    Raises:
+        ValueError: If the scores are of different numbers of images.
     """
+    count = one_count(rows)
     figure = Figure(figsize=(8, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_scores(upper, rows, baselines)
@@ -50,7 +54,7 @@ def score_figure(
             # Beside the axes: within them no corner is free for every shape that the points can take.
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, frameon=False, borderaxespad=0)
     figure.suptitle("Which number of clusters gives the best images", fontsize=13)
-    upper.set_ylabel(f"{metric_title(metric)}, lower is better")
+    upper.set_ylabel(f"{metric_title(metric, count)}, lower is better")
     lower.set_ylabel("share of clusters used, $r_C$")
     lower.set_xlabel("number of clusters, $C$")
     log_clusters(lower, [row.num_clusters for row in rows] + ([] if c_max is None else [c_max]))
@@ -104,7 +108,11 @@ def curves_figure(curves: Sequence[Curve], *, metric: str) -> Figure:
 
     Returns:
         The figure, 8 by 5 inches.
+
+    Raises:
+        ValueError: If the scores are of different numbers of images.
     """
+    count = one_count(curves)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     clusters = [curve.num_clusters for curve in curves if curve.num_clusters is not None]
@@ -129,6 +137,6 @@ def curves_figure(curves: Sequence[Curve], *, metric: str) -> Figure:
         axes.legend(fontsize=9)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel("images seen in training (kimg)")
-    axes.set_ylabel(f"{metric_title(metric)}, lower is better")
+    axes.set_ylabel(f"{metric_title(metric, count)}, lower is better")
     axes.set_title("How each number of clusters learns", fontsize=13)
     return figure

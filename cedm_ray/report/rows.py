@@ -21,6 +21,8 @@ class Row:
     score: float | None
     state: State
     grouping: str = "temi"
+    num_images: int | None = None
+    """Generated images behind the score."""
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:
@@ -40,6 +42,33 @@ class Curve:
     label: str
     num_clusters: int | None
     points: tuple[tuple[float, float], ...]
+    num_images: int | None = None
+    """Generated images behind each score."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One score of the final model; ``std`` is None where the metric has none."""
+
+    metric: str
+    value: float
+    std: float | None
+    detector: str
+    num_images: int
+    num_reference: int
+    num_sets: int
+
+
+def one_count(items: Sequence[Row] | Sequence[Curve]) -> int | None:
+    """Generated images behind the scores that are to be shown side by side, None where it is not known.
+
+    Raises:
+        ValueError: If there are different numbers, whose scores cannot be compared.
+    """
+    counts = sorted({item.num_images for item in items if item.num_images is not None})
+    if len(counts) > 1:
+        raise ValueError(f"scores of {' and '.join(f'{n:,}' for n in counts)} images cannot be shown side by side")
+    return counts[0] if counts else None
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
@@ -48,8 +77,7 @@ def best_row(rows: Sequence[Row]) -> Row | None:
     return min(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 
-def metric_title(metric: str) -> str:
-    """A metric's name for people: ``fid`` is "FID", ``fd_lenet`` is "FD (lenet)"."""
-    if metric.startswith("fd_"):
-        return f"FD ({metric[3:]})"
-    return metric.upper()
+def metric_title(metric: str, num_images: int | None = None) -> str:
+    """A metric's name for people: ``fid`` is "FID", ``fd_lenet`` is "FD (lenet)", with the count where it is known."""
+    title = f"FD ({metric[3:]})" if metric.startswith("fd_") else metric.upper()
+    return title if num_images is None else f"{title} of {num_images:,} images"

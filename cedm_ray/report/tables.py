@@ -7,23 +7,28 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from cedm_ray.report.rows import Row, metric_title
+from cedm_ray.report.rows import Row, ScoreRow, metric_title, one_count
 
 
-def trials_table(rows: Sequence[Row], metric: str, best: int | None) -> Table:
+def trials_table(rows: Sequence[Row], metric: str, best: int | None, grouping: str = "temi") -> Table:
     """All trials, ordered by the number of clusters, for the terminal; 80 columns are enough.
 
     Args:
         rows: Trials; probes are left out.
         metric: Name of the score, lower is better.
         best: Number of clusters to mark with a star, or None.
+        grouping: What makes those clusters.
 
     Returns:
         The table; print it with a ``rich.console.Console``.
+
+    Raises:
+        ValueError: If the scores are of different numbers of images.
     """
+    one_count(rows)
     table = _table("Trials by number of clusters", metric)
     for row in _ordered(rows, probes=False):
-        is_best = _is_best(row, best)
+        is_best = _is_best(row, best, grouping)
         cells = _cells(row)
         table.add_row(f"* {cells[0]}" if is_best else cells[0], *cells[1:], style="bold" if is_best else None)
     if best is not None:
@@ -54,13 +59,37 @@ def probes_table(rows: Sequence[Row], *, utilization_cutoff: float, c_max: int |
     return table
 
 
-def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None) -> str:
+def scores_table(scores: Sequence[ScoreRow], title: str = "Scores of the final model") -> Table:
+    """Scores with what they were made from, in the given order, for the terminal."""
+    table = Table(title=title, box=box.ASCII2, title_justify="left", caption_justify="left")
+    for name, justify in (
+        ("score", "left"),
+        ("value", "right"),
+        ("+-", "right"),
+        ("detector", "left"),
+        ("images", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for score in scores:
+        images = f"{score.num_images:,} against {score.num_reference:,}"
+        table.add_row(
+            score.metric,
+            f"{score.value:.5g}",
+            "" if score.std is None else f"{score.std:.2g}",
+            score.detector,
+            f"{score.num_sets} x {images}" if score.num_sets > 1 else images,
+        )
+    table.caption = "+-: over the sets of images, or over the subsets or splits of the metric"
+    return table
+
+
+def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None, grouping: str = "temi") -> str:
     """All rows as a Markdown table, the best number of clusters in bold."""
     header = _header(metric)
     lines = ["| " + " | ".join(header) + " |", "|---:|---:|---:|---:|:---|:---|"]
     for row in _ordered(rows):
         cells = [cell.replace("|", "\\|") for cell in _cells(row)]
-        if _is_best(row, best):
+        if _is_best(row, best, grouping):
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -76,8 +105,8 @@ def to_csv(rows: Sequence[Row], metric: str) -> str:
     return out.getvalue()
 
 
-def _is_best(row: Row, best: int | None) -> bool:
-    return row.num_clusters == best and row.state == "complete" and row.grouping == "temi"
+def _is_best(row: Row, best: int | None, grouping: str) -> bool:
+    return row.num_clusters == best and row.state == "complete" and row.grouping == grouping
 
 
 def _header(metric: str) -> list[str]:

@@ -30,6 +30,8 @@ class Context:
     packed: PackedImages
     weights_hash: str
     """What identifies the backbone's weights."""
+    detector_hashes: dict[str, str]
+    """What identifies the weights of the detectors that are not of this search's own making."""
     terminal: Terminal
     tracker: Tracker
     shares: Shares

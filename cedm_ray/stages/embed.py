@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import IMAGES, PackedImages
@@ -18,16 +21,37 @@ from cedm_ray.features.neighbors import knn
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.store import Store
+
+VALUES, NEIGHBORS = "embeddings.npy", "neighbors.npy"
+READ_ROWS = 4096
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of all images, shape ``(N, D)`` float32, in the order of the dataset, and what they were made from."""
+    """Embeddings of all images and their nearest neighbours, in files that every process maps into its memory."""
 
-    values: np.ndarray
+    file: Path
+    neighbors_file: Path
     inputs: dict[str, Any]
+    """What the embeddings were made from."""
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """Shape ``(N, D)``, float32, in the order of the dataset; mapped read-only."""
+        return _mapped(self.file)
+
+    @property
+    def neighbors(self) -> NDArray[np.int32]:
+        """The k nearest other images of each image by cosine, shape ``(N, k)``, int32; mapped read-only."""
+        return _mapped(self.neighbors_file)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    return found
 
 
 def backbone_spec(config: SearchConfig, packed: PackedImages) -> BackboneSpec:
@@ -59,18 +83,37 @@ class Embedder:
         return {"index": batch["index"], "embedding": embedding}
 
 
-def embed(ctx: Context) -> Embeddings:
-    """The embeddings of the search's images, from the store or through the backbone."""
-    name = ctx.config.backbone
-    inputs = {"images": ctx.packed.facts.pixels_sha256, "backbone": name, "weights": ctx.weights_hash}
+def embed(ctx: Context, spec: BackboneSpec | None = None, weights_hash: str | None = None) -> Embeddings:
+    """The embeddings of the search's images, from the store or through a backbone.
+
+    The memory of this stage does not grow with the number of images: the driver holds one block of rows, each actor
+    one batch, and Ray Data what lies between its operators, for which it waits when its share of the object store is
+    used up.
+
+    Args:
+        ctx: The search.
+        spec: The backbone (None: the one of the settings).
+        weights_hash: What identifies its weights.
+    """
+    spec = spec or backbone_spec(ctx.config, ctx.packed)
+    inputs = {
+        "images": ctx.packed.facts.pixels_sha256,
+        "backbone": spec.name,
+        "weights": weights_hash or ctx.weights_hash,
+        # A backbone computes in bfloat16 on a GPU: such embeddings are others.
+        "dtype": "bfloat16" if ctx.shares.gpus_per_worker and spec.name != PIXELS else "float32",
+    }
     path = ctx.store.path("embeddings", inputs)
     if ctx.store.facts(path) is None:
         with ctx.store.create(path, inputs, {"num_images": len(ctx.packed)}) as scratch:
-            _stream(ctx, scratch)
-    return Embeddings(_read(path), inputs)
+            _stream(ctx, spec, scratch)
+            gather(scratch, scratch / VALUES, len(ctx.packed))
+    neighbor_inputs = {**inputs, "k": ctx.config.num_neighbors}
+    neighbors_file = ctx.store.path("neighbors", neighbor_inputs) / NEIGHBORS
+    return Embeddings(path / VALUES, neighbors_file, inputs)
 
 
-def _stream(ctx: Context, out: Path) -> None:
+def _stream(ctx: Context, spec: BackboneSpec, out: Path) -> None:
     settings, num_images = ctx.config.embed, len(ctx.packed)
     # An operator that takes every CPU stops the stream for good, without a word: the reading tasks need one too.
     spare = max(ray.cluster_resources().get("CPU", 1.0) - 1.0, 0.5)
@@ -86,7 +129,7 @@ def _stream(ctx: Context, out: Path) -> None:
         num_cpus=cpus,
         num_gpus=ctx.shares.gpus_per_worker,
         fn_constructor_kwargs={
-            "backbone": backbone_spec(ctx.config, ctx.packed),
+            "backbone": spec,
             "threads": max(1, round(settings.cpus_per_actor)),
             "board": ctx.board,
             "total": num_images,
@@ -98,32 +141,48 @@ def _stream(ctx: Context, out: Path) -> None:
         ctx.board.remove("embed")
 
 
-def _read(path: Path) -> np.ndarray:
-    """Embeddings from Parquet in the order of their index, shape ``(N, D)`` float32."""
-    table = pq.read_table(sorted(path.glob("*.parquet")), columns=["index", "embedding"])
-    index = table["index"].to_numpy()
-    if not np.array_equal(np.sort(index), np.arange(len(index))):
-        raise RuntimeError(f"embeddings in {path} are not whole; remove that folder and run again")
-    column = table["embedding"].combine_chunks()
+def gather(folder: Path, out: Path, num_images: int) -> None:
+    """Bring embeddings from Parquet files into one array in the order of their index; one block is held at a time.
+
+    Args:
+        folder: Has the Parquet files, with the columns ``index`` and ``embedding``.
+        out: File to write: shape ``(N, D)``, float32, in NumPy's format.
+        num_images: Images that there must be, N.
+
+    Raises:
+        RuntimeError: If an image is missing or there twice.
+    """
+    values: np.memmap[Any, np.dtype[np.float32]] | None = None
+    seen = np.zeros(num_images, dtype=bool)
+    for file in sorted(folder.glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, columns=["index", "embedding"]):
+            index = batch["index"].to_numpy()
+            rows = _rows(batch["embedding"])
+            if values is None:
+                values = open_memmap(out, mode="w+", dtype=np.float32, shape=(num_images, rows.shape[1]))
+            if seen[index].any() or len(np.unique(index)) != len(index):
+                raise RuntimeError(f"embeddings in {folder} hold an image twice")
+            values[index], seen[index] = rows, True
+    if values is None or not seen.all():
+        raise RuntimeError(f"embeddings in {folder} are not whole: {int(seen.sum())} of {num_images} images")
+    values.flush()
+
+
+def _rows(column: pa.Array) -> NDArray[np.float32]:
     storage = getattr(column, "storage", column)  # a tensor column keeps its lists inside
     flat = storage.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    values = np.empty((len(index), len(flat) // len(index)), dtype=np.float32)
-    values[index] = flat.reshape(len(index), -1)
-    return values
+    rows: NDArray[np.float32] = flat.reshape(len(column), -1)
+    return rows
 
 
-def neighbors(ctx: Context, embeddings: Embeddings) -> np.ndarray:
-    """The k nearest neighbours of each image by cosine, shape ``(N, k)`` int32, from the store or searched for."""
-    inputs = {**embeddings.inputs, "k": ctx.config.num_neighbors}
-    path = ctx.store.path("neighbors", inputs)
+def find_neighbors(ctx: Context, embeddings: Embeddings) -> None:
+    """Make the file of the nearest neighbours, unless it is in the store."""
+    path = embeddings.neighbors_file.parent
     if ctx.store.facts(path) is None:
         task = ray.remote(_search).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
-        with ctx.store.create(path, inputs, {}) as scratch:
-            found = ray.get(task.remote(embeddings.values, ctx.config.num_neighbors))
-            np.save(scratch / "neighbors.npy", found, allow_pickle=False)
-    stored: np.ndarray = np.load(path / "neighbors.npy", allow_pickle=False)
-    return stored
+        ray.get(task.remote(embeddings, ctx.config.num_neighbors, ctx.store))
 
 
-def _search(embeddings: np.ndarray, k: int) -> np.ndarray:
-    return knn(embeddings, k)
+def _search(embeddings: Embeddings, k: int, store: Store) -> None:
+    with store.create(embeddings.neighbors_file.parent, {**embeddings.inputs, "k": k}, {}) as scratch:
+        np.save(scratch / NEIGHBORS, knn(embeddings.values, k), allow_pickle=False)

@@ -3,57 +3,156 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cedm_ray.data.pack import load_packed
+from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
+from cedm_ray.metrics.scores import Score
+from cedm_ray.metrics.stats import load_stats
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.features import FeatureParts
 from cedm_ray.stages.granularity import Ledger, tune_trials
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import FinalScore, TrialRecord
-from cedm_ray.stages.store import write_json
-from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE
+from cedm_ray.stages.scoring import Reference
+from cedm_ray.stages.store import read_json, write_json
+from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE, samples_stats_file
 
 EXPORT_FOLDER = "export"
+EVALUATION_FILE = "evaluation.json"
 
 
-def train_final(ctx: Context, ledger: Ledger, best: TrialRecord, data: Mapping[str, Any]) -> FinalScore:
-    """Train the best trial on to the full budget and export it; goes on from its newest checkpoint.
+def train_final(ctx: Context, ledger: Ledger, best: TrialRecord, embeddings: Embeddings) -> FinalScore:
+    """Train the best trial on to the full budget, evaluate and export it; goes on from its newest checkpoint.
 
     Args:
         ctx: The search.
         ledger: Where trials are written down.
         best: The trial to go on with.
-        data: References to ``embeddings`` and ``neighbors``.
+        embeddings: The embeddings and their neighbours.
     """
     total_kimg = ctx.config.final.total_kimg
     job = ledger.planner.job(best.params, total_kimg=total_kimg)
     if not job.finally_scored(best.rungs[-1]):
         with ctx.terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", ctx.board):
-            tune_trials(ctx, ledger, "final", data, params=best.params, total_kimg=total_kimg)
+            tune_trials(ctx, ledger, "final", embeddings, params=best.params, total_kimg=total_kimg)
     record = next(record for record in ledger.records if record.key == best.key)
     last = record.rungs[-1]
     if record.state != "complete" or not job.finally_scored(last):
         raise RuntimeError(f"training {best.label} to the full budget failed: {record.reason}")
+    with ctx.terminal.stage(f"evaluating {best.label}", ctx.board):
+        others = evaluate_final(ctx, ledger, job, embeddings)
     export = ctx.folder / EXPORT_FOLDER
-    scores = last["final_scores"]
+    distances = _distances(job, last)
     final = FinalScore(
         num_clusters=best.num_clusters,
         kimg=int(last["kimg"]),
-        mean=float(np.mean(scores)),
-        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
-        num_sets=len(scores),
-        num_images=int(last["final_images"]),
+        mean=distances[0].value,
+        std=distances[0].std or 0.0,
+        num_sets=distances[0].num_sets,
+        num_images=distances[0].num_images,
         export=str(export),
+        scores=tuple(asdict(score) for score in (*distances, *others)),
     )
     export_model(job, Path(last["checkpoint_path"]), export, {"score": asdict(final), "metric": job.scoring.metric})
     return final
+
+
+def _distances(job: TrialJob, rung: Mapping[str, Any]) -> list[Score]:
+    """The Fréchet distances as means over the final sets of images, the one that the search minimises first."""
+    found = []
+    for reference in job.scoring.references:
+        values, facts = rung["final_scores"][reference.metric], reference.facts
+        found.append(
+            Score(
+                metric=reference.metric,
+                value=float(np.mean(values)),
+                std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                detector=facts.detector,
+                weights_hash=facts.weights_hash,
+                resize=facts.resize,
+                dtype=facts.dtype,
+                num_images=int(rung["final_images"]),
+                num_reference=facts.count,
+                num_sets=len(values),
+            )
+        )
+    return found
+
+
+def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embeddings) -> list[Score]:
+    """All further scores of the first final set of images, from the features that the workers left, once."""
+    file = job.path / EVALUATION_FILE
+    key = {"num_images": job.final_images, "kimg": job.rungs_kimg[-1], "sets": job.final_sets}
+    known = read_json(file)
+    if known is not None and known["key"] == key:
+        return [Score(**score) for score in known["scores"]]
+    unconditional = _unconditional(ledger)
+    task = ray.remote(_evaluate).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
+    work = [
+        task.remote(job, reference, FeatureParts(ctx.images, reference.detector, ctx.store), embeddings, unconditional)
+        for reference in job.scoring.references
+    ]
+    scores = [score for found in ray.get(work) for score in found]
+    write_json(file, {"key": key, "scores": [asdict(score) for score in scores]})
+    return scores
+
+
+def _unconditional(ledger: Ledger) -> Path | None:
+    """Checkpoint of the unconditional training that is to be compared with, if there is one."""
+    for record in ledger.records:
+        if record.grouping == "none" and record.state == "complete" and record.rungs:
+            return Path(record.rungs[-1]["checkpoint_path"])
+    return None
+
+
+def _evaluate(
+    job: TrialJob, reference: Reference, parts: FeatureParts, embeddings: Embeddings, unconditional: Path | None
+) -> list[Score]:
+    """The scores in the features of one detector but its distance, which is the mean over all sets."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reference.detector.backbone is not None:
+        real: np.ndarray | None = embeddings.values
+    elif parts.kept:
+        for bounds in parts.missing():  # the statistics can be older than the parts, which may have been removed
+            parts.make(bounds, parts.spec.load(device), device, lambda _: None)
+        real = parts.features()
+    else:
+        real = None
+    if real is None:
+        return []
+    samples = unconditional and unconditional / samples_stats_file(reference.metric)
+    inputs = EvaluationInputs(
+        facts=reference.facts,
+        generated=np.concatenate(list(_kept(job, reference.metric))),
+        real=real,
+        logits=_joined(_kept(job, f"{reference.metric}-logits")),
+        unconditional=load_stats(samples) if samples and samples.is_file() else None,
+    )
+    return [score for score in evaluate_features(inputs, device=device) if score.metric != reference.metric]
+
+
+def _kept(job: TrialJob, name: str) -> Iterator[np.ndarray]:
+    """What each worker left of a set of images, in the order of the images."""
+    for rank in range(job.num_workers):
+        file = job.features / f"{name}-{rank}.npy"
+        if file.is_file():
+            yield np.load(file, allow_pickle=False)
+
+
+def _joined(parts: Iterator[np.ndarray]) -> np.ndarray | None:
+    found = list(parts)
+    return np.concatenate(found) if found else None
 
 
 def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str, Any]) -> None:
@@ -68,7 +167,7 @@ def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str,
         save_file({name.removeprefix("ema."): state.get_tensor(name) for name in names}, out / "model.safetensors")
     if job.condition is not None:
         shutil.copyfile(job.condition, out / "clustering.safetensors")
-    shutil.copyfile(job.scoring.reference, out / "reference.safetensors")
+    shutil.copyfile(job.scoring.references[0].file, out / "reference.safetensors")
     shutil.copyfile(checkpoint / SAMPLES_FILE, out / SAMPLES_FILE)
     packed = load_packed(job.images)
     write_json(

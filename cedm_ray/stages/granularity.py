@@ -15,8 +15,10 @@ import ray.tune
 from ray.tune.search import ConcurrencyLimiter
 
 from cedm_ray.config import SearchConfig
+from cedm_ray.metrics.scores import series_name
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
+from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.progress import duration
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
@@ -24,7 +26,9 @@ from cedm_ray.stages.searchers import GranularitySearcher, RungScheduler, log_sp
 from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trial import SAMPLES_FILE, run_trial
 
-RUNG_NAMES = ("kimg", "nimg", "loss", "images_per_s", "score", "score_s", "final_scores", "final_images")
+RUNG_NAMES = (
+    "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "final_scores", "final_images",
+)  # fmt: skip
 
 
 class Ledger:
@@ -70,22 +74,21 @@ class Ledger:
     def add(self, params: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """A trial reports."""
         job = self.planner.job(params)
-        metric = self.planner.scoring.metric
-        rung = {name: result[name] for name in (*RUNG_NAMES, metric, "checkpoint_path") if name in result}
+        metrics = self.planner.scoring.metrics
+        rung = {name: result[name] for name in (*RUNG_NAMES, *metrics, "checkpoint_path") if name in result}
         record = read_record(job.path) or new_record(job, params)
         old = {each["kimg"]: each for each in record.rungs}.get(rung["kimg"], {})
-        record = replace(record.with_rung({**old, **rung}), utilization_ratio=self._utilization_ratio(job))
+        quality = self._quality(job)
+        record = replace(record.with_rung({**old, **rung}), utilization_ratio=quality["utilization_ratio"])
         write_record(job.path, record)
-        run = self._run(job)
-        values = {name: rung[name] for name in ("nimg", "loss", "images_per_s", "score_s", metric) if name in rung}
-        if record.utilization_ratio is not None:
-            values["utilization_ratio"] = record.utilization_ratio
-        self._tracker.metrics(run, {**values, "score": rung["score"]}, kimg=int(rung["kimg"]))
+        named = ("nimg", "loss", "images_per_s", "score_s")
+        values: dict[str, float] = {name: rung[name] for name in named if name in rung}
+        # The count is part of a series' name: scores of different counts never share a chart.
+        scores = {series_name(metric, rung["num_images"]): rung[metric] for metric in metrics}
+        self._tracker.metrics(self._run(job), {**values, **quality, **scores}, kimg=int(rung["kimg"]))
         if not old:
-            self._terminal.line(
-                f"  {job.label}: {rung['kimg']:,} kimg, {metric} {rung['score']:.4g}, "
-                f"{rung['images_per_s']:,.0f} images/s"
-            )
+            said = ", ".join(f"{metric} {rung[metric]:.4g}" for metric in metrics)
+            self._terminal.line(f"  {job.label}: {rung['kimg']:,} kimg, {said}, {rung['images_per_s']:,.0f} images/s")
 
     def close(self, params: Mapping[str, Any], reason: str | None = None) -> None:
         """A trial ends: by itself, stopped by the scheduler, or (with a reason) because it failed."""
@@ -106,11 +109,14 @@ class Ledger:
         return self._tracker.child(job.key, job.label, {}, {})
 
     @staticmethod
-    def _utilization_ratio(job: TrialJob) -> float | None:
+    def _quality(job: TrialJob) -> dict[str, float]:
+        """How the clustering behind a trial uses its clusters and, where there are labels, agrees with them."""
         if job.condition is None:
-            return 1.0
+            return {"num_used": 1.0, "utilization_ratio": 1.0, "kl_from_uniform": 0.0}
         facts = Store(job.condition.parents[2]).facts(job.condition.parent)
-        return None if facts is None else float(facts["utilization_ratio"])
+        if facts is None:
+            raise RuntimeError(f"{job.condition.parent} is not whole; remove that folder and run again")
+        return {name: float(value) for name, value in facts["quality"].items()}
 
     def _artifacts(self, job: TrialJob, record: TrialRecord) -> None:
         run = self._run(job)
@@ -177,54 +183,74 @@ class Outlook:
         return said
 
 
-def search_granularity(ctx: Context, ledger: Ledger, c_max: int, data: Mapping[str, Any]) -> list[TrialRecord]:
+def search_granularity(ctx: Context, ledger: Ledger, c_max: int | None, embeddings: Embeddings) -> list[TrialRecord]:
     """Train C-EDM for numbers of clusters in [2, c_max) and for the baselines; what is done already is not repeated.
 
     Args:
         ctx: The search.
         ledger: Where trials are written down.
-        c_max: The upper bound, excluded.
-        data: References to ``embeddings`` and ``neighbors`` in the object store.
+        c_max: The upper bound, excluded; None where the grouping has no C to search over.
+        embeddings: The embeddings and their neighbours.
 
     Returns:
         The records of all trials, baselines first.
     """
     config, shares = ctx.config, ctx.shares
-    settings = config.granularity
+    settings, grouping = config.granularity, config.grouping
     over = [record for record in ledger.records if record.over and record.state != "failed"]
-    known = [record for record in over if record.grouping == "temi"]
-    baselines = ledger.planner.baselines() if settings.baselines else []
-    missing = [params for params in baselines if params not in [record.params for record in over]]
-    unfinished = [
-        {name: value for name, value in record.params.items() if name != "grouping"}
-        for record in ledger.records
-        if record.state in ("running", "failed") and record.grouping == "temi"
-    ]
-    others = {path: _at(config, path) for path in config.space}
-    design = [{"num_clusters": c, **others} for c in log_spaced(2, c_max, settings.startup_trials)]
-    num_points = c_max - 2
-    num_trials = settings.num_trials if config.space else min(settings.num_trials, num_points)
+    fixed = ledger.planner.fixed()
+    missing = [params for params in fixed if params not in [record.params for record in over]]
+    known = [record for record in over if record.grouping == grouping] if c_max is not None else []
+    # Without a C to search over there is none in [2, 2): only what is fixed is trained.
+    points = range(2, c_max or 2)
+    num_trials = settings.num_trials if config.space else min(settings.num_trials, len(points))
     if len(known) < num_trials or missing:
-        searcher = GranularitySearcher(
-            {"num_clusters": ray.tune.lograndint(2, c_max), **{k: tune_domain(d) for k, d in config.space.items()}},
-            design=[*unfinished, *(params for params in design if params not in unfinished)],
-            baselines=missing,
-            known=known,
-            num_trials=num_trials,
-            total_kimg=settings.total_kimg,
-            seed=config.seed,
-            points=None if config.space else range(2, c_max),
-        )
+        searcher = _searcher(ctx, ledger, points, num_trials, missing, known)
         scheduler = RungScheduler(
-            grace_kimg=settings.grace_kimg, total_kimg=settings.total_kimg, reduction_factor=settings.reduction_factor
+            grace_kimg=settings.grace_kimg,
+            total_kimg=settings.total_kimg,
+            reduction_factor=settings.reduction_factor,
+            grouping=grouping,
         )
         scheduler.recall(known)
         concurrent = min(shares.max_trials, settings.max_concurrent or shares.max_trials)
-        outlook = Outlook(ledger, num_trials + len(baselines))
-        with ctx.terminal.stage(f"searching over C in [2, {c_max})", ctx.board, outlook):
+        outlook = Outlook(ledger, num_trials + len(fixed))
+        title = "training on the given groups" if c_max is None else f"searching over C in [2, {c_max})"
+        with ctx.terminal.stage(title, ctx.board, outlook):
             limited = ConcurrencyLimiter(searcher, concurrent)
-            tune_trials(ctx, ledger, "granularity", data, searcher=limited, scheduler=scheduler)
+            tune_trials(ctx, ledger, "granularity", embeddings, searcher=limited, scheduler=scheduler)
     return ledger.records
+
+
+def _searcher(
+    ctx: Context,
+    ledger: Ledger,
+    points: range,
+    num_trials: int,
+    missing: Sequence[dict[str, Any]],
+    known: Sequence[TrialRecord],
+) -> GranularitySearcher:
+    """The searcher over the numbers of clusters ``points``, which first lets the missing fixed trainings run."""
+    config = ctx.config
+    unfinished = [
+        {name: value for name, value in record.params.items() if name != "grouping"}
+        for record in ledger.records
+        if points and record.state in ("running", "failed") and record.grouping == config.grouping
+    ]
+    others = {path: _at(config, path) for path in config.space}
+    stop = max(points.stop, 3)
+    spaced = [{"num_clusters": c, **others} for c in log_spaced(2, stop, config.granularity.startup_trials)]
+    return GranularitySearcher(
+        {"num_clusters": ray.tune.lograndint(2, stop), **{k: tune_domain(d) for k, d in config.space.items()}},
+        design=[*unfinished, *(params for params in spaced if params not in unfinished)],
+        baselines=missing,
+        known=known,
+        num_trials=num_trials,
+        total_kimg=config.granularity.total_kimg,
+        seed=config.seed,
+        points=None if config.space else points,
+        grouping=config.grouping,
+    )
 
 
 def _at(config: SearchConfig, path: str) -> Any:
@@ -238,7 +264,7 @@ def tune_trials(
     ctx: Context,
     ledger: Ledger,
     stage: str,
-    data: Mapping[str, Any],
+    embeddings: Embeddings,
     *,
     searcher: Any = None,
     scheduler: Any = None,
@@ -251,7 +277,7 @@ def tune_trials(
         ctx: The search.
         ledger: Where trials are written down.
         stage: Name of the stage.
-        data: References to ``embeddings`` and ``neighbors``.
+        embeddings: The embeddings and their neighbours.
         searcher: Proposes the parameters of trials.
         scheduler: Stops trials early (None: nobody does).
         params: Of the one trial, where there is no searcher.
@@ -260,7 +286,7 @@ def tune_trials(
     trainable = ray.tune.with_parameters(
         run_trial,
         planner=ledger.planner,
-        data=dict(data),
+        embeddings=embeddings,
         board=ctx.board,
         shares=ctx.shares,
         total_kimg=total_kimg,
@@ -282,9 +308,9 @@ def tune_trials(
     ).fit()
 
 
-def best_of(records: Sequence[TrialRecord], total_kimg: int) -> TrialRecord | None:
-    """The complete TEMI trial with the lowest score at so many kimg; of equal ones the one with fewer clusters."""
-    complete = [record for record in records if record.state == "complete" and record.grouping == "temi"]
+def best_of(records: Sequence[TrialRecord], total_kimg: int, grouping: str) -> TrialRecord | None:
+    """The complete trial of a grouping with the lowest score at so many kimg; of equal ones that of fewer clusters."""
+    complete = [record for record in records if record.state == "complete" and record.grouping == grouping]
     return min(complete, key=lambda r: (_score(r, total_kimg), r.num_clusters), default=None)
 
 

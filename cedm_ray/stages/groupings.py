@@ -1,4 +1,4 @@
-"""The conditions of the diffusion model: TEMI clusterings from the store or fitted, and the labels."""
+"""The conditions of the diffusion model: clusterings of the embeddings, and groupings given from outside."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
+from cedm_ray.clustering.agreement import clustering_quality
+from cedm_ray.clustering.assignments_file import read_assignments
 from cedm_ray.clustering.clustering_io import save_clustering
+from cedm_ray.clustering.kmeans import fit_kmeans
 from cedm_ray.clustering.labels import from_labels
 from cedm_ray.clustering.temi import TemiSettings, fit_temi
 from cedm_ray.clustering.types import Clustering
+from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
+from cedm_ray.data.pack import load_packed
+from cedm_ray.features.backbones import BackboneSpec, check_backbone
+from cedm_ray.features.neighbors import faiss_device
+from cedm_ray.features.weights import file_sha256
+from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
+from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
+from cedm_ray.stages.context import Context
+from cedm_ray.stages.embed import Embeddings, embed
+from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
 
 CLUSTERING_FILE = "clustering.safetensors"
@@ -24,11 +38,15 @@ CLUSTERING_FILE = "clustering.safetensors"
 
 @dataclass(frozen=True)
 class ClusteringJob:
-    """One TEMI clustering: everything that decides it, and where it is kept."""
+    """One clustering of the embeddings: everything that decides it, and where it is kept."""
 
+    grouping: Grouping
+    """temi or kmeans."""
     num_clusters: int
     settings: TemiSettings
     seed: int
+    images: Path
+    """Folder of the packed images, whose labels, if there are any, measure the clustering."""
     inputs: dict[str, Any]
     path: Path
 
@@ -38,26 +56,25 @@ class ClusteringJob:
 
 
 def clustering_job(
-    config: SearchConfig, embedding_inputs: Mapping[str, Any], num_clusters: int, store: Store
+    config: SearchConfig, embedding_inputs: Mapping[str, Any], images: Path, num_clusters: int, store: Store
 ) -> ClusteringJob:
-    """The TEMI clustering of these embeddings into so many clusters, with the settings of the search."""
-    inputs = {
-        **embedding_inputs,
-        "k": config.num_neighbors,
-        "temi": asdict(config.temi),
-        "seed": config.seed,
-        "num_clusters": num_clusters,
-    }
-    return ClusteringJob(num_clusters, config.temi, config.seed, inputs, store.path("clusterings", inputs))
+    """The clustering of these embeddings into so many clusters, with the settings of the search."""
+    inputs = {**embedding_inputs, "seed": config.seed, "num_clusters": num_clusters}
+    if config.grouping == "kmeans":
+        inputs["kmeans"] = 1  # to be raised when the same embeddings become other clusters
+    else:
+        inputs |= {"k": config.num_neighbors, "temi": asdict(config.temi)}
+    path = store.path("clusterings", inputs)
+    grouping: Grouping = "kmeans" if config.grouping == "kmeans" else "temi"
+    return ClusteringJob(grouping, num_clusters, config.temi, config.seed, images, inputs, path)
 
 
-def fit(job: ClusteringJob, embeddings: np.ndarray, neighbors: np.ndarray, cpus: float, board: Board) -> dict[str, Any]:
+def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -> dict[str, Any]:
     """Fit a clustering unless it is stored, in the process that this is called in.
 
     Args:
         job: What to fit.
-        embeddings: Shape ``(N, D)``, float32; may be a read-only view of shared memory.
-        neighbors: Shape ``(N, k)``, int32.
+        embeddings: The embeddings and their neighbours.
         cpus: Threads to use.
         board: Where progress is told.
 
@@ -68,14 +85,26 @@ def fit(job: ClusteringJob, embeddings: np.ndarray, neighbors: np.ndarray, cpus:
     facts = store.facts(job.path)
     if facts is not None:
         return facts
-    torch.set_num_threads(max(1, round(cpus)))
+    threads = max(1, round(cpus))
+    torch.set_num_threads(threads)
+    started_s = time.monotonic()
+    if job.grouping == "kmeans":
+        clustering = fit_kmeans(
+            embeddings.values, job.num_clusters, seed=job.seed, threads=threads, use_gpu=faiss_device() == "cuda"
+        )
+    else:
+        clustering = _temi(job, embeddings, board)
+    labels = load_packed(job.images).class_labels
+    return keep(clustering, job.path, job.inputs, store, labels, seconds=time.monotonic() - started_s)
+
+
+def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> Clustering:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     beat = Beat(board, str(job.path), f"clustering into {job.num_clusters}", job.settings.epochs, "epochs")
-    started_s = time.monotonic()
     try:
-        clustering = fit_temi(
-            embeddings,
-            neighbors,
+        return fit_temi(
+            np.array(embeddings.values),
+            np.array(embeddings.neighbors),
             job.num_clusters,
             job.settings,
             seed=job.seed,
@@ -84,16 +113,22 @@ def fit(job: ClusteringJob, embeddings: np.ndarray, neighbors: np.ndarray, cpus:
         )
     finally:
         beat.close()
-    return keep(clustering, job.path, job.inputs, store, seconds=time.monotonic() - started_s)
 
 
-def keep(clustering: Clustering, path: Path, inputs: dict[str, Any], store: Store, **more: Any) -> dict[str, Any]:
-    """Put a clustering into the store; returns its facts."""
+def keep(
+    clustering: Clustering, path: Path, inputs: dict[str, Any], store: Store, labels: np.ndarray | None, **more: Any
+) -> dict[str, Any]:
+    """Put a clustering into the store with its quality; returns its facts.
+
+    Labels only measure: nothing of a search reads ``quality`` but the log.
+    """
+    quality = clustering_quality(clustering, labels)
     facts = {
         "num_clusters": clustering.num_clusters,
-        "num_used": int(np.count_nonzero(clustering.cluster_probs)),
-        "utilization_ratio": clustering.utilization_ratio,
+        "num_used": quality.num_used,
+        "utilization_ratio": quality.utilization_ratio,
         "best_head": clustering.best_head,
+        "quality": quality.metrics(),
         **more,
     }
     with store.create(path, inputs, facts) as scratch:
@@ -101,10 +136,59 @@ def keep(clustering: Clustering, path: Path, inputs: dict[str, Any], store: Stor
     return facts
 
 
-def keep_labels(labels: np.ndarray, num_classes: int, images_sha256: str, store: Store) -> Path:
-    """The labels as a clustering in the store; returns its file."""
-    inputs = {"images": images_sha256, "labels": num_classes}
-    path = store.path("clusterings", inputs)
-    if store.facts(path) is None:
-        keep(from_labels(labels, num_classes), path, inputs, store)
-    return path / CLUSTERING_FILE
+@dataclass(frozen=True)
+class GivenGrouping:
+    """A grouping whose number of clusters is not searched over, in the store."""
+
+    num_clusters: int
+    file: Path
+    inputs: dict[str, Any]
+
+
+def given_groupings(ctx: Context) -> dict[str, GivenGrouping]:
+    """The groupings of this search that no clustering of the embeddings makes: its own one, and labels to compare with.
+
+    Raises:
+        UserError: If what a grouping is made from is missing or does not fit the images.
+    """
+    packed, found = ctx.packed, {}
+    if packed.class_labels is not None and packed.num_classes is not None:
+        found["labels"] = _given(
+            ctx, {"labels": packed.num_classes}, from_labels(packed.class_labels, packed.num_classes)
+        )
+    superclasses = packed.superclasses()
+    if superclasses is not None:
+        found["superclasses"] = _given(ctx, {"superclasses": superclasses[1]}, from_labels(*superclasses))
+    kind = ctx.config.grouping
+    if kind == "file" and ctx.config.assignments is not None:
+        file = ctx.config.assignments.expanduser()
+        clustering = read_assignments(file, num_images=len(packed))
+        found["file"] = _given(ctx, {"file": file_sha256(file)}, clustering)
+    if kind == "clip":
+        found["clip"] = _clip(ctx)
+    return found
+
+
+def _given(ctx: Context, what: dict[str, Any], clustering: Clustering) -> GivenGrouping:
+    inputs = {"images": ctx.packed.facts.pixels_sha256, **what}
+    path = ctx.store.path("clusterings", inputs)
+    if ctx.store.facts(path) is None:
+        keep(clustering, path, inputs, ctx.store, ctx.packed.class_labels)
+    return GivenGrouping(clustering.num_clusters, path / CLUSTERING_FILE, inputs)
+
+
+def _clip(ctx: Context) -> GivenGrouping:
+    """Each image's most similar class name, by an OpenCLIP model, as its pseudo-label."""
+    settings = ctx.config.clip
+    weights = settings.weights and settings.weights.expanduser().absolute()
+    weights_hash = check_backbone(settings.model, weights)
+    names = clip_class_names(ctx.config, ctx.packed.class_names())
+    images = embed(ctx, BackboneSpec(settings.model, weights, None), weights_hash)
+    what = {"clip": {**images.inputs, "class_names": list(names), "prompts": list(PROMPTS)}}
+    inputs = {"images": ctx.packed.facts.pixels_sha256, **what}
+    path = ctx.store.path("clusterings", inputs)
+    if ctx.store.facts(path) is None:
+        task = ray.remote(class_text_features).options(num_cpus=ctx.shares.cpus_per_probe)
+        texts = ray.get(task.remote(settings.model, weights, names, device="cpu"))
+        return _given(ctx, what, zero_shot_assignments(images.values, texts))
+    return GivenGrouping(len(names), path / CLUSTERING_FILE, inputs)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.settings import DiffusionSettings, ScoreSettings
-from cedm_ray.stages.groupings import ClusteringJob, clustering_job
+from cedm_ray.settings import SEARCHED, DiffusionSettings, ScoreSettings
+from cedm_ray.stages.groupings import ClusteringJob, GivenGrouping, clustering_job
 from cedm_ray.stages.scoring import Scoring
 from cedm_ray.stages.store import Store
-
-UNCONDITIONAL = {"grouping": "none", "num_clusters": 1}
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class TrialJob:
     label: str
     """What a person calls it: C=17, unconditional, labels."""
     grouping: str
-    """Where the condition comes from: temi, labels or none."""
+    """Where the condition comes from: temi, kmeans, labels, superclasses, clip, file or none."""
     num_clusters: int
     clustering: ClusteringJob | None
     """A clustering that may still have to be made."""
@@ -38,6 +36,7 @@ class TrialJob:
     final_sets: int
     """Sets of images to score after the last rung."""
     final_images: int
+    num_workers: int
     seed: int
     inputs: dict[str, Any]
     path: Path
@@ -48,13 +47,19 @@ class TrialJob:
 
     def finally_scored(self, rung: Mapping[str, Any]) -> bool:
         """Whether a rung is the last one of this job and holds the scores of its final sets of images."""
-        sets = len(rung.get("final_scores", ())), rung.get("final_images")
+        scores = rung.get("final_scores", {}).get(self.scoring.metric, ())
+        sets = len(scores), rung.get("final_images")
         return rung["kimg"] >= self.rungs_kimg[-1] and sets == (self.final_sets, self.final_images)
 
     @property
     def checkpoints(self) -> Path:
         """Where Ray Train keeps the checkpoints; the same path goes on from the newest."""
         return self.path / "train"
+
+    @property
+    def features(self) -> Path:
+        """Where the workers leave the features of the first final set of generated images."""
+        return self.path / "features"
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,15 @@ class Planner:
     embedding_inputs: dict[str, Any]
     images: Path
     images_sha256: str
-    labels: Path | None
-    """Clustering file of the ground-truth labels."""
-    num_classes: int | None
+    given: Mapping[str, GivenGrouping]
+    """Groupings that no clustering of the embeddings makes, by name."""
     scoring: Scoring
 
     def job(self, params: Mapping[str, Any], *, total_kimg: int | None = None) -> TrialJob:
         """The job of a trial.
 
         Args:
-            params: ``grouping`` (temi, labels, none), ``num_clusters``, and dotted paths of other settings.
+            params: ``grouping``, ``num_clusters``, and dotted paths of other settings.
             total_kimg: Train to the final budget instead of the search's, and score the final sets there.
         """
         grouping, num_clusters = str(params["grouping"]), int(params["num_clusters"])
@@ -84,11 +88,11 @@ class Planner:
         clustering: ClusteringJob | None = None
         condition: Path | None = None
         source: dict[str, Any] = {"none": 1}
-        if grouping == "temi":
-            clustering = clustering_job(config, self.embedding_inputs, num_clusters, self.store)
+        if grouping in SEARCHED:
+            clustering = clustering_job(config, self.embedding_inputs, self.images, num_clusters, self.store)
             condition, source = clustering.file, clustering.inputs
-        elif grouping == "labels":
-            condition, source = self.labels, {"labels": num_clusters}
+        elif grouping != "none":
+            condition, source = self.given[grouping].file, self.given[grouping].inputs
         rungs = config.granularity.rungs_kimg()
         final = total_kimg is not None
         if total_kimg is not None and total_kimg > rungs[-1]:
@@ -98,13 +102,13 @@ class Planner:
             "condition": source,
             "diffusion": asdict(config.diffusion),
             "score": asdict(config.score),
-            "scoring": asdict(self.scoring.facts),
+            "scoring": [asdict(reference.facts) for reference in self.scoring.references],
             "rungs_kimg": config.granularity.rungs_kimg(),
             "num_workers": config.resources.num_workers,
             "seed": config.seed,
         }
         return TrialJob(
-            label={"none": "unconditional", "labels": f"labels ({num_clusters})"}.get(grouping, f"C={num_clusters}"),
+            label=_label(grouping, num_clusters),
             grouping=grouping,
             num_clusters=num_clusters,
             clustering=clustering,
@@ -116,14 +120,27 @@ class Planner:
             rungs_kimg=rungs,
             final_sets=config.final.num_sets if final else 0,
             final_images=config.final.num_images,
+            num_workers=config.resources.num_workers,
             seed=config.seed,
             inputs=inputs,
             path=self.store.path("trials", inputs),
         )
 
-    def baselines(self) -> list[dict[str, Any]]:
-        """Parameters of the trainings to compare with: without a condition, and on the labels where there are any."""
-        found: list[dict[str, Any]] = [dict(UNCONDITIONAL)]
-        if self.labels is not None:
-            found.append({"grouping": "labels", "num_clusters": self.num_classes})
-        return found
+    def fixed(self) -> list[dict[str, Any]]:
+        """Parameters of the trainings whose C is not searched over.
+
+        The search's own grouping, where it is such a one, and what its result is compared with: training without a
+        condition, and on the labels where there are any.
+        """
+        own = self.config.grouping
+        wanted = [own] if own not in SEARCHED else []
+        if self.config.granularity.baselines:
+            wanted += [name for name in ("none", "labels") if name != own]
+        sizes = {"none": 1, **{name: grouping.num_clusters for name, grouping in self.given.items()}}
+        return [{"grouping": name, "num_clusters": sizes[name]} for name in wanted if name in sizes]
+
+
+def _label(grouping: str, num_clusters: int) -> str:
+    if grouping in SEARCHED:
+        return f"C={num_clusters}"
+    return "unconditional" if grouping == "none" else f"{grouping} ({num_clusters})"

@@ -80,6 +80,21 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+class WorkCounter:
+    """One piece of work of this process, which counts itself and can be shown."""
+
+    def __init__(self, label: str, total: float, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._started_s = 0.0, time.time()
+
+    def add(self, more: float) -> None:
+        """So much more is done."""
+        self._done += more
+
+    def works(self) -> list[Work]:
+        return [Work(self._label, self._done, self._total, self._unit, self._started_s)]
+
+
 class WorkList(Protocol):
     """Where works in progress can be read."""
 

@@ -60,6 +60,8 @@ class FinalScore:
     num_sets: int
     num_images: int
     export: str
+    scores: tuple[dict[str, Any], ...] = ()
+    """All scores, each with its detector, weights, resize, dtype and counts; the first one is the search's own."""
 
 
 def new_record(job: TrialJob, params: Mapping[str, Any]) -> TrialRecord:

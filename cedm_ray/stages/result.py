@@ -11,10 +11,13 @@ import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 
+from cedm_ray.metrics.detectors import metric_name
+from cedm_ray.metrics.scores import Score, series_name
 from cedm_ray.report.figures import curves_figure, score_figure
 from cedm_ray.report.rows import Curve, Row
-from cedm_ray.report.tables import probes_table, to_csv, to_markdown, trials_table
+from cedm_ray.report.tables import probes_table, scores_table, to_csv, to_markdown, trials_table
 from cedm_ray.stages.records import FinalScore, TrialRecord
+from cedm_ray.stages.score_rows import score_row
 from cedm_ray.stages.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker
 
 RESULT_FILE = "result.json"
+COMPARABLE = ("fid", "fdd")
+NOT_COMPARABLE = "; not comparable with FID or FDD"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class SearchResult:
 
     name: str
     folder: str
+    grouping: str
+    """What makes the clusters: temi, kmeans, or a grouping whose C is given."""
     metric: str
     """Name of the score, lower is better."""
     scored: Mapping[str, Any]
@@ -38,7 +45,8 @@ class SearchResult:
     """Generated images behind each score of the search."""
     total_kimg: int
     cutoff: float
-    c_max: int
+    c_max: int | None
+    """The upper bound of C; None where C was not searched over."""
     outcome: str
     probes: tuple[tuple[int, float], ...]
     trials: tuple[TrialRecord, ...]
@@ -62,15 +70,16 @@ class SearchResult:
                     rung["score"],
                     trial.state,
                     trial.grouping,
+                    self.num_images,
                 )
             )
         if probes:
-            found += [Row(c, ratio, 0, None, "probe") for c, ratio in self.probes]
+            found += [Row(c, ratio, 0, None, "probe", self.grouping) for c, ratio in self.probes]
         return found
 
     def baselines(self) -> dict[str, float]:
         """Scores of the trainings without clusters, at the budget of the search."""
-        scores = {t.label: t.rung_at(self.total_kimg) for t in self.trials if t.grouping != "temi"}
+        scores = {t.label: t.rung_at(self.total_kimg) for t in self.trials if t.grouping != self.grouping}
         return {label: float(rung["score"]) for label, rung in scores.items() if rung is not None}
 
     def to_pandas(self) -> pd.DataFrame:
@@ -79,12 +88,13 @@ class SearchResult:
 
     def figures(self) -> dict[str, Any]:
         """Matplotlib figures by file name."""
-        shown = [row for row in self.rows() if row.grouping == "temi"]
+        shown = [row for row in self.rows() if row.grouping == self.grouping]
         curves = [
             Curve(
                 trial.label,
-                trial.num_clusters if trial.grouping == "temi" else None,
+                trial.num_clusters if trial.grouping == self.grouping else None,
                 tuple((rung["kimg"], rung["score"]) for rung in trial.rungs),
+                self.num_images,
             )
             for trial in self.trials
             if trial.rungs
@@ -98,33 +108,43 @@ class SearchResult:
 
     def track(self, tracker: Tracker) -> None:
         """Tell MLflow's parent run: the figures of the search, the tables and the pictures."""
-        tracker.points(
-            self.run_id,
-            {
-                "c_max": self.c_max,
-                "best_num_clusters": self.best,
-                "final_score_mean": self.final.mean,
-                "final_score_std": self.final.std,
-                "final_kimg": self.final.kimg,
-            },
-        )
+        found: dict[str, float] = {"best_num_clusters": self.best, "final_kimg": self.final.kimg}
+        if self.c_max is not None:
+            found["c_max"] = self.c_max
+        for score in self.scores():
+            # The distances' names say their detector; others are of one detector among several.
+            own = metric_name(score.detector) == score.metric
+            name = series_name(score.metric if own else f"{score.metric}_{score.detector}", score.num_images)
+            found[f"final_{name}"] = score.value
+            if score.std is not None:
+                found[f"final_{name}_std"] = score.std
+        tracker.points(self.run_id, found)
+        series = f"{series_name(self.metric, self.num_images)}_by_clusters"
         for row in self.rows(probes=False):
-            if row.grouping == "temi" and row.score is not None:
-                tracker.points(self.run_id, {"score_by_clusters": row.score}, step=row.num_clusters)
+            if row.grouping == self.grouping and row.score is not None:
+                tracker.points(self.run_id, {series: row.score}, step=row.num_clusters)
         for num_clusters, ratio in self.probes:
             tracker.points(self.run_id, {"utilization_ratio_by_clusters": ratio}, step=num_clusters)
         for name in ("score_by_clusters.png", "score_by_kimg.png", "trials.csv"):
             tracker.artifact(self.run_id, Path(self.folder) / name)
         for file in sorted(Path(self.final.export).iterdir()):
             tracker.artifact(self.run_id, file, "export")
-        table = to_markdown(self.rows(probes=False), self.metric, self.best)
+        table = to_markdown(self.rows(probes=False), self.metric, self.best, self.grouping)
         tracker.describe(self.run_id, f"{self.sentence()}\n\n{table}")
+
+    def scores(self) -> list[Score]:
+        """All scores of the final model, the search's own first."""
+        return [Score(**score) for score in self.final.scores]
 
     def sentence(self) -> str:
         """The result in words."""
+        what = (
+            f"Trained on {self.grouping} ({self.best} groups)"
+            if self.c_max is None
+            else f"The best of the tried numbers of clusters in [2, {self.c_max}) is {self.best}"
+        )
         return (
-            f"The best of the tried numbers of clusters in [2, {self.c_max}) is {self.best}: {self.metric} "
-            f"{self.final.mean:.4g} +- {self.final.std:.2g} at {self.final.kimg:,} kimg "
+            f"{what}: {self.metric} {self.final.mean:.4g} +- {self.final.std:.2g} at {self.final.kimg:,} kimg "
             f"({self.final.num_sets} x {self.final.num_images:,} images)."
         )
 
@@ -153,38 +173,41 @@ def read_result(folder: Path) -> SearchResult | None:
 
 def show(result: SearchResult, console: Console) -> None:
     """Print what a search found."""
-    probes = [Row(c, ratio, 0, None, "probe") for c, ratio in result.probes]
-    console.print()
-    console.print(probes_table(probes, utilization_cutoff=result.cutoff, c_max=result.c_max))
+    if result.probes:
+        probes = [Row(c, ratio, 0, None, "probe") for c, ratio in result.probes]
+        console.print()
+        console.print(probes_table(probes, utilization_cutoff=result.cutoff, c_max=result.c_max))
     if result.outcome == "capped":
         console.print("Even one cluster per image would be used well: C_max is the number of images.")
     console.print()
-    console.print(trials_table(result.rows(probes=False), result.metric, result.best))
+    console.print(trials_table(result.rows(probes=False), result.metric, result.best, result.grouping))
     failed = [trial for trial in result.trials if trial.state == "failed"]
     for trial in failed:
         console.print(f"{trial.label} failed: {escape(trial.reason or '')}")
     console.print()
     scored = result.scored
-    best = next(t for t in result.trials if t.grouping == "temi" and t.num_clusters == result.best)
+    best = next(t for t in result.trials if t.grouping == result.grouping and t.num_clusters == result.best)
     rung = best.rung_at(result.total_kimg) or {}
     lines = [
         ("best C", f"{result.best}"),
         *(
             (f"{result.metric} at {result.total_kimg:,} kimg" if i == 0 else "", f"{label}: {value:.4g}")
-            for i, (label, value) in enumerate({f"C={result.best}": rung["score"], **result.baselines()}.items())
+            for i, (label, value) in enumerate({best.label: rung["score"], **result.baselines()}.items())
         ),
     ]
     lines += [
         ("final", result.sentence()),
         (
             "score",
-            f"Frechet distance on {scored['dim']} features of {scored['detector']}, {result.num_images:,} generated "
-            f"against {scored['count']:,} real images; not comparable with FID",
+            f"Fréchet distance on {scored['dim']} features of {scored['detector']}, {result.num_images:,} generated "
+            f"against {scored['count']:,} real images{'' if result.metric in COMPARABLE else NOT_COMPARABLE}",
         ),
         ("artifacts", result.folder),
         ("model", result.final.export),
         ("MLflow UI", result.ui_command),
     ]
+    console.print(scores_table([score_row(score) for score in result.scores()]))
+    console.print()
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         console.print(f"{name:>{width}}  {escape(text)}", soft_wrap=True)

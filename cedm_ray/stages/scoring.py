@@ -1,117 +1,126 @@
-"""Which detector scores a search, its weights and the statistics of the real images, from the store or made."""
+"""Which detectors score a search, their weights, and the statistics of the real images in their features."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from cedm_ray.data.pack import load_packed
-from cedm_ray.errors import UserError
-from cedm_ray.features.backbones import BackboneSpec
-from cedm_ray.metrics.detectors import Detector, FunctionDetector, metric_name
+from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.frechet import FeatureSums
-from cedm_ray.metrics.lenet import load_lenet, save_lenet, train_lenet
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
+from cedm_ray.settings import DetectorName
+from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, backbone_spec
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.features import DetectorSpec, FeatureParts, absolute, detector_facts, lenet_spec, stats_of
 
-LENET_FILE = "lenet.safetensors"
 STATS_FILE = "reference.safetensors"
-BLOCK = 1024
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A detector and the statistics of the real images in its features."""
+
+    detector: DetectorSpec
+    facts: StatsFacts
+    """What makes a score comparable: detector, weights, resize, dtype, dimensions; ``count`` is of the real images."""
+    file: Path
+
+    @property
+    def metric(self) -> str:
+        """Name of the score, for example ``fid``."""
+        return metric_name(self.facts.detector)
+
+    def load(self) -> FeatureStats:
+        """Mean and covariance of the real images' features."""
+        return load_stats(self.file)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A detector and the statistics of the real images in its features: all that a process needs to score."""
+    """All that a process needs to score; the first reference is the one that the search minimises."""
 
-    facts: StatsFacts
-    """What makes a score comparable: detector, weights, resize, dtype, dimensions; ``count`` is of the real images."""
-    reference: Path
-    lenet: Path | None
-    backbone: BackboneSpec
+    references: tuple[Reference, ...]
 
     @property
     def metric(self) -> str:
-        """Name of the score, for example ``fd_lenet``."""
-        return metric_name(self.facts.detector)
+        """Name of the score that the search minimises."""
+        return self.references[0].metric
 
-    def load_detector(self, device: torch.device) -> Detector:
-        """The detector, on a device."""
-        if self.lenet is not None:
-            return load_lenet(self.lenet, device=device)
-        return _backbone_detector(self.backbone, self.facts.weights_hash, device)
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all scores."""
+        return tuple(reference.metric for reference in self.references)
 
-    def load_reference(self) -> FeatureStats:
-        """Mean and covariance of the real images' features."""
-        return load_stats(self.reference)
-
-
-def _backbone_detector(spec: BackboneSpec, weights_hash: str, device: torch.device) -> FunctionDetector:
-    backbone = spec.load(device)
-    return FunctionDetector(backbone.name, backbone.dim, backbone, resize=backbone.resize, weights_hash=weights_hash)
+    @property
+    def facts(self) -> StatsFacts:
+        """Facts of the score that the search minimises."""
+        return self.references[0].facts
 
 
 def prepare_scoring(ctx: Context, embeddings: Embeddings) -> Scoring:
-    """The detector and the statistics of the real images, from the store or made now.
-
-    With the backbone as the detector, the embeddings are the real images' features.
-    """
-    config, store = ctx.config, ctx.store
-    backbone = backbone_spec(config, ctx.packed)
-    base = {"images": ctx.packed.facts.pixels_sha256, "detector": config.score.detector}
-    if config.score.detector == "lenet":
-        inputs: dict[str, Any] = {**base, "seed": 0}
-        path = store.path("detectors", inputs)
-        if store.facts(path) is None:
-            task = ray.remote(_make_lenet).options(num_cpus=ctx.shares.cpus_per_probe)
-            ray.get(task.remote(ctx.images, path, inputs, store))
-        return Scoring(load_stats(path / STATS_FILE).facts, path / STATS_FILE, path / LENET_FILE, backbone)
-    inputs = {**base, "backbone": config.backbone, "weights": ctx.weights_hash}
-    path = store.path("references", inputs)
-    if store.facts(path) is None:
-        detector = _backbone_detector(backbone, ctx.weights_hash, torch.device("cpu"))
-        _keep_stats(path, inputs, store, _sums(embeddings.values), detector)
-    return Scoring(load_stats(path / STATS_FILE).facts, path / STATS_FILE, None, backbone)
+    """The detectors and the statistics of the real images, from the store or made now."""
+    return Scoring(tuple(_reference(ctx, name, embeddings) for name in ctx.config.score.detectors))
 
 
-def _sums(features: np.ndarray) -> FeatureSums:
+def _reference(ctx: Context, name: DetectorName, embeddings: Embeddings) -> Reference:
+    spec = detector_spec(ctx, name)
+    inputs = {"images": ctx.packed.facts.pixels_sha256, "detector": name, "weights": spec.weights_hash}
+    if spec.backbone is not None:
+        inputs |= {"backbone": spec.backbone.name, "dtype": embeddings.inputs["dtype"]}
+    path = ctx.store.path("references", inputs)
+    if ctx.store.facts(path) is None:
+        if spec.backbone is not None:  # the embeddings are the real images' features
+            facts = detector_facts(spec.load(torch.device("cpu")), str(embeddings.inputs["dtype"]))
+            stats = stats_of(_sums_of(embeddings.values), facts)
+        else:
+            parts = FeatureParts(ctx.images, spec, ctx.store)
+            _make_features(ctx, parts)
+            stats = parts.stats()
+        with ctx.store.create(path, inputs, asdict(stats.facts)) as scratch:
+            save_stats(stats, scratch / STATS_FILE)
+    return Reference(spec, load_stats(path / STATS_FILE).facts, path / STATS_FILE)
+
+
+def detector_spec(ctx: Context, name: DetectorName) -> DetectorSpec:
+    """A detector of the search; lenet is trained now if it is not in the store."""
+    if name in ctx.detector_hashes:
+        weights = ctx.config.detector_weights if name == "inception" else ctx.config.dinov2_weights
+        return DetectorSpec(name, absolute(weights), ctx.detector_hashes[name])
+    if name == "backbone":
+        return DetectorSpec(name, None, ctx.weights_hash, backbone_spec(ctx.config, ctx.packed))
+    task = ray.remote(lenet_spec).options(num_cpus=ctx.shares.cpus_per_probe)
+    spec: DetectorSpec = ray.get(task.remote(ctx.images, ctx.store))
+    return spec
+
+
+def _sums_of(features: np.ndarray) -> FeatureSums:
     sums = FeatureSums(features.shape[1])
     for start in range(0, len(features), BLOCK):
         sums.update(torch.from_numpy(features[start : start + BLOCK].copy()))
     return sums
 
 
-def _keep_stats(path: Path, inputs: dict[str, Any], store: Store, sums: FeatureSums, detector: Detector) -> None:
-    stats = _stats(sums, detector)
-    with store.create(path, inputs, asdict(stats.facts)) as scratch:
-        save_stats(stats, scratch / STATS_FILE)
+def _make_features(ctx: Context, parts: FeatureParts) -> None:
+    """Make the missing parts of the real images' features, over the cluster."""
+    shares, missing = ctx.shares, parts.missing()
+    task = ray.remote(_make_part).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
+    threads, total = max(1, round(shares.cpus_per_probe)), sum(stop - start for start, stop in missing)
+    try:
+        ray.get([task.remote(parts, bounds, threads, ctx.board, total) for bounds in missing])
+    finally:
+        ctx.board.remove("reference")
 
 
-def _stats(sums: FeatureSums, detector: Detector) -> FeatureStats:
-    count, dim = int(sums.count), detector.dim
-    facts = StatsFacts(detector.name, detector.weights_hash, detector.resize, "float32", dim, count)
-    return FeatureStats(*sums.mean_cov(), facts)
-
-
-def _make_lenet(images: Path, path: Path, inputs: dict[str, Any], store: Store) -> None:
-    """Train the classifier on the labelled images, and keep it with the statistics of its features."""
-    torch.set_num_threads(1)  # one number of threads everywhere: the same weights from the same machine
-    packed = load_packed(images)
-    labels = packed.labels()
-    if labels is None or packed.num_classes is None:
-        raise UserError("score.detector is lenet, which is trained on labels, and these images have none")
-    pixels = torch.from_numpy(np.array(packed.images))
-    lenet = train_lenet(pixels, torch.from_numpy(labels), packed.num_classes, seed=0)
-    sums = FeatureSums(lenet.dim)
-    for start in range(0, len(pixels), BLOCK):
-        sums.update(lenet(pixels[start : start + BLOCK]))
-    stats = _stats(sums, lenet)
-    with store.create(path, inputs, asdict(stats.facts)) as scratch:
-        save_lenet(lenet, scratch / LENET_FILE)
-        save_stats(stats, scratch / STATS_FILE)
+def _make_part(parts: FeatureParts, bounds: tuple[int, int], threads: int, board: Board, total: int) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    label = f"real images through {parts.spec.name}"
+    parts.make(
+        bounds, parts.spec.load(device), device, lambda done: board.add("reference", label, done, total, "images")
+    )

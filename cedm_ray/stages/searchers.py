@@ -86,6 +86,7 @@ class GranularitySearcher(Searcher):
         total_kimg: Where a trial is complete.
         seed: Of the sampler.
         points: All values of ``num_clusters``, where that is the only parameter (None: others join in).
+        grouping: What makes the clusters that are searched over.
     """
 
     def __init__(
@@ -99,12 +100,13 @@ class GranularitySearcher(Searcher):
         total_kimg: int,
         seed: int,
         points: Sequence[int] | None,
+        grouping: str = "temi",
     ) -> None:
         super().__init__(metric="score", mode="min")
         self._optuna = PruningOptunaSearch(
             OptunaSearch.convert_search_space(dict(space)), metric="score", mode="min", total_kimg=total_kimg
         )
-        self._seed, self._num_trials, self._points = seed, num_trials, points
+        self._seed, self._num_trials, self._points, self._grouping = seed, num_trials, points, grouping
         self._baselines = list(baselines)
         self._proposed: dict[str, Params] = {}
         known = list(known)
@@ -140,7 +142,7 @@ class GranularitySearcher(Searcher):
             return str(Searcher.FINISHED)
         self._known.add(_name(params))
         self._proposed[trial_id] = params
-        return {"grouping": "temi", **params}
+        return {"grouping": self._grouping, **params}
 
     def _new_params(self, trial_id: str) -> Params | None:
         """Parameters that were not proposed before: the design, then the sampler, then whatever C lies farthest off."""
@@ -188,9 +190,12 @@ class GranularitySearcher(Searcher):
 
 
 class RungScheduler(ASHAScheduler):
-    """ASHA on kimg that knows the rungs of earlier trials and lets baselines run to the end."""
+    """ASHA on kimg that knows the rungs of earlier trials and lets baselines run to the end.
 
-    def __init__(self, *, grace_kimg: int, total_kimg: int, reduction_factor: float) -> None:
+    It judges the trials of one grouping, the one whose clusters are searched over.
+    """
+
+    def __init__(self, *, grace_kimg: int, total_kimg: int, reduction_factor: float, grouping: str = "temi") -> None:
         # max_t lies above the last report: the trial that reaches the end must not be cut off by its own report.
         super().__init__(
             time_attr="kimg",
@@ -200,6 +205,7 @@ class RungScheduler(ASHAScheduler):
             max_t=total_kimg + 1,
             reduction_factor=reduction_factor,
         )
+        self._grouping = grouping
 
     def recall(self, records: Iterable[TrialRecord]) -> None:
         """Enter the rungs of trials that are over."""
@@ -208,10 +214,10 @@ class RungScheduler(ASHAScheduler):
                 self._brackets[0].on_result(SimpleNamespace(trial_id=record.key), rung["kimg"], -rung["score"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        if trial.config["grouping"] != "temi":
+        if trial.config["grouping"] != self._grouping:
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
-        if trial.config["grouping"] == "temi":
+        if trial.config["grouping"] == self._grouping:
             super().on_trial_complete(tune_controller, trial, result)

@@ -89,6 +89,10 @@ class Store:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
+    def remove(self, path: Path) -> None:
+        """Forget an entry, if it is there."""
+        shutil.rmtree(path, ignore_errors=True)
+
 
 def prepare_storage(path: Path) -> Path:
     """The absolute storage folder, made if need be and tried for writing.

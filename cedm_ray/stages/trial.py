@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import build_net
 from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.train import new_state, train
-from cedm_ray.metrics.detectors import Detector
-from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
+from cedm_ray.metrics.detectors import features_and_logits
+from cedm_ray.metrics.frechet import FeatureSums
+from cedm_ray.metrics.stats import FeatureStats, save_stats
 from cedm_ray.report.grids import sample_grid
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.plan import Planner, TrialJob
 
 STATE_FILE = "state.safetensors"
@@ -39,10 +43,15 @@ NUM_SAMPLES = 64
 Rung = dict[str, Any]
 
 
+def samples_stats_file(metric: str) -> str:
+    """Name of the file, beside an unconditional model's checkpoint, with the statistics of its samples' features."""
+    return f"{metric}-samples.safetensors"
+
+
 def run_trial(
     config: Mapping[str, Any],
     planner: Planner,
-    data: Mapping[str, Any],
+    embeddings: Embeddings,
     board: Board,
     shares: Shares,
     total_kimg: int | None = None,
@@ -52,7 +61,7 @@ def run_trial(
     Args:
         config: The parameters of the trial, from the searcher.
         planner: Turns them into a job.
-        data: References to embeddings ``(N, D)`` and neighbours ``(N, k)`` in the object store.
+        embeddings: The embeddings and their neighbours.
         board: Where progress is told.
         shares: What to ask for of the cluster.
         total_kimg: Train to the final budget (None: to the one of the search).
@@ -66,7 +75,7 @@ def run_trial(
         task = ray.remote(groupings.fit).options(
             num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe, scheduling_strategy="DEFAULT"
         )
-        ray.get(task.remote(job.clustering, data["embeddings"], data["neighbors"], shares.cpus_per_probe, board))
+        ray.get(task.remote(job.clustering, embeddings, shares.cpus_per_probe, board))
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "board": board, "threads": max(1, round(shares.cpus_per_worker))},
@@ -128,8 +137,10 @@ class Worker:
         if job.condition is not None:
             clustering = load_clustering(job.condition, num_images=len(packed))
             self.class_index = torch.from_numpy(clustering.assignments).to(device)
-            self.cluster_probs = torch.from_numpy(clustering.cluster_probs)
-        self.detector: Detector = job.scoring.load_detector(device)
+            probs = torch.from_numpy(clustering.cluster_probs)
+            # An empty cluster was never trained on: uniform means over the used ones.
+            self.cluster_probs = (probs > 0).double() if job.score.conditions == "uniform" else probs
+        self.detectors = {ref.metric: ref.detector.load(device) for ref in job.scoring.references}
         # Every process builds the same network; the caller's generators are left alone.
         with torch.random.fork_rng([]):
             torch.manual_seed(job.seed)
@@ -143,6 +154,7 @@ class Worker:
             )
         self.state = new_state(net.to(device))
         self.rungs: list[Rung] = []
+        self.stats: dict[str, FeatureStats] = {}  # of the last generated images
         self.samples: Tensor | None = None
 
     def restore(self) -> list[Rung]:
@@ -183,51 +195,80 @@ class Worker:
             "loss": float(torch.stack(losses).mean()),
             "images_per_s": (self.state.nimg - started_nimg) / trained_s,
         }
-        score = self.score(0, self.job.score.num_images)
-        rung |= {"score": score, self.job.scoring.metric: score, "score_s": time.monotonic() - started_s - trained_s}
+        scores = self.score(0, self.job.score.num_images)
+        rung |= {"score": scores[self.job.scoring.metric], **scores, "num_images": self.job.score.num_images}
+        rung["score_s"] = time.monotonic() - started_s - trained_s
         self.rungs.append(rung)
         return rung
 
     def finish(self) -> Rung:
-        """Score the final sets of images and add them to the last rung."""
-        scores = [self.score(number, self.job.final_images) for number in range(self.job.final_sets)]
-        self.rungs[-1] = {**self.rungs[-1], "final_scores": scores, "final_images": self.job.final_images}
+        """Score the final sets of images and add them to the last rung; the features of the first set are kept."""
+        num_images = self.job.final_images
+        sets = [self.score(number, num_images, keep_features=number == 0) for number in range(self.job.final_sets)]
+        scores = {metric: [each[metric] for each in sets] for metric in self.detectors}
+        self.rungs[-1] = {**self.rungs[-1], "final_scores": scores, "final_images": num_images}
         return self.rungs[-1]
 
-    def score(self, number: int, num_images: int) -> float:
-        """Frechet distance of one set of generated images; only rank 0's value is of all processes' images.
+    def score(self, number: int, num_images: int, *, keep_features: bool = False) -> dict[str, float]:
+        """Fréchet distances of one set of generated images; only rank 0's values are of all processes' images.
 
         Args:
             number: Which set: images ``number * num_images`` and on, so that sets share none.
             num_images: Images in the set, over all processes.
+            keep_features: Also write the features of this process' images into the trial's folder.
         """
-        sums = FeatureSums(self.detector.dim, device=self.device)
-        first = number * num_images
-        # A contiguous block each; rank 0 has the first ones, which are also the samples that people look at.
-        bounds = np.linspace(first, first + num_images, self.world_size + 1).astype(int)
-        indices = range(bounds[self.rank], bounds[self.rank + 1])
+        sums = {metric: FeatureSums(detector.dim, device=self.device) for metric, detector in self.detectors.items()}
+        features: dict[str, list[Tensor]] = defaultdict(list)
         kept: list[Tensor] = []
-        for images in generate(
-            self.state.ema,
-            seed=self.job.seed,
-            indices=indices,
-            cluster_probs=self.cluster_probs,
-            batch_size=self.job.score.batch_size,
-            num_steps=self.job.score.num_steps,
-            device=self.device,
-        ):
-            sums.update(self.detector(images))
+        for images in self._generated(number * num_images, num_images):
+            for metric, detector in self.detectors.items():
+                found, logits = features_and_logits(detector, images) if keep_features else (detector(images), None)
+                sums[metric].update(found)
+                if keep_features:
+                    features[metric].append(found.cpu())
+                if logits is not None:
+                    features[f"{metric}-logits"].append(logits.cpu())
             if number == 0 and len(kept) * self.job.score.batch_size < NUM_SAMPLES:
                 kept.append(images)
         if kept:
             self.samples = torch.cat(kept)[:NUM_SAMPLES].cpu()
+        if keep_features:
+            self._write_features(features)
+        return {metric: self._distance(metric, each) for metric, each in sums.items()}
+
+    def _generated(self, first: int, num_images: int) -> Iterator[Tensor]:
+        """This process' share of the images from ``first`` on, in batches."""
+        # A contiguous block each; rank 0 has the first ones, which are also the samples that people look at.
+        bounds = np.linspace(first, first + num_images, self.world_size + 1).astype(int)
+        return generate(
+            self.state.ema,
+            seed=self.job.seed,
+            indices=range(bounds[self.rank], bounds[self.rank + 1]),
+            cluster_probs=self.cluster_probs,
+            batch_size=self.job.score.batch_size,
+            num_steps=self.job.score.num_steps,
+            device=self.device,
+        )
+
+    def _write_features(self, features: Mapping[str, list[Tensor]]) -> None:
+        folder = self.job.features
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, blocks in features.items():
+            partial = folder / f".{name}-{self.rank}.partial.npy"
+            np.save(partial, torch.cat(blocks).numpy(), allow_pickle=False)
+            partial.replace(folder / f"{name}-{self.rank}.npy")
+
+    def _distance(self, metric: str, sums: FeatureSums) -> float:
+        """Distance to the real images of the sums over all processes, which alone travel."""
         if dist.is_initialized():
             for tensor in sums.tensors():
                 dist.all_reduce(tensor)
         if self.rank:
             return float("nan")
-        reference = self.job.scoring.load_reference()
-        return frechet_distance(*sums.mean_cov(), reference.mu, reference.sigma)
+        mean, cov = sums.mean_cov()
+        (reference,) = (each for each in self.job.scoring.references if each.metric == metric)
+        self.stats[metric] = FeatureStats(mean.cpu(), cov.cpu(), replace(reference.facts, count=int(sums.count)))
+        return self.stats[metric].distance(reference.load())
 
     def checkpoint(self, folder: Path) -> ray.train.Checkpoint:
         """Everything that is needed to go on, and the samples, in a folder that Ray Train copies to its place."""
@@ -235,4 +276,7 @@ class Worker:
         (folder / RUNGS_FILE).write_text(json.dumps(self.rungs))
         if self.samples is not None:
             sample_grid(self.samples.numpy(), columns=8).save(folder / SAMPLES_FILE)
+        if self.job.grouping == "none":  # what other models' samples are compared with
+            for metric, stats in self.stats.items():
+                save_stats(stats, folder / samples_stats_file(metric))
         return ray.train.Checkpoint.from_directory(str(folder))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.tune
 from ray.tune.search import Searcher
 
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
-from cedm_ray.config import SearchConfig
+from cedm_ray.config import KMEANS_HAS_NO_BOUND, SearchConfig
 from cedm_ray.errors import UserError
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Board
@@ -31,7 +31,7 @@ class UpperBound:
 
     c_max: int
     outcome: str
-    """``found``, or ``capped`` where even the largest number of clusters is used well."""
+    """``found``, ``capped`` where even the largest number of clusters is used well, or ``given`` by the settings."""
     probes: tuple[tuple[int, float], ...]
     """Readings (C, r_C) in the order in which they came."""
 
@@ -76,13 +76,12 @@ class ProbeSearcher(Searcher):
         """Nothing: see :meth:`save`."""
 
 
-def run_probe(
-    config: Mapping[str, Any], jobs: Any, embeddings: np.ndarray, neighbors: np.ndarray, cpus: float, board: Board
-) -> None:
+def run_probe(config: Mapping[str, Any], jobs: Any, embeddings: Embeddings, cpus: float, board: Board) -> None:
     """The Tune function of a probe: fit (or find) one clustering and report its r_C."""
     job: ClusteringJob = jobs(config["num_clusters"])
-    facts = groupings.fit(job, embeddings, neighbors, cpus, board)
-    ray.tune.report({name: facts[name] for name in ("utilization_ratio", "num_used", "num_clusters", "seconds")})
+    facts = groupings.fit(job, embeddings, cpus, board)
+    names = ("utilization_ratio", "num_used", "num_clusters", "seconds", "quality")
+    ray.tune.report({name: facts[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,11 @@ class ProbeJobs:
 
     config: SearchConfig
     embedding_inputs: dict[str, Any]
+    images: Path
     store: Store
 
     def __call__(self, num_clusters: int) -> ClusteringJob:
-        return clustering_job(self.config, self.embedding_inputs, num_clusters, self.store)
+        return clustering_job(self.config, self.embedding_inputs, self.images, num_clusters, self.store)
 
 
 class ProbeCallback(DriverCallback):
@@ -117,30 +117,32 @@ def tell_probe(ctx: Context, jobs: ProbeJobs, facts: Mapping[str, Any]) -> None:
         f"probe/{job.path.name}",
         f"probe C={num_clusters}",
         {"num_clusters": num_clusters, "seed": job.seed},
-        {"stage": "upper_bound", "C": num_clusters, "grouping": "temi"},
+        {"stage": "upper_bound", "C": num_clusters, "grouping": job.grouping},
     )
-    measured = {"utilization_ratio": ratio, "num_used": facts["num_used"], "seconds": facts["seconds"]}
-    tracker.metrics(run, measured, kimg=0)
+    tracker.metrics(run, {**facts["quality"], "seconds": facts["seconds"]}, kimg=0)
     tracker.artifact(run, job.file, "clustering")
     tracker.end(run, "complete")
 
 
-def find_upper_bound(ctx: Context, embeddings: Embeddings, neighbors: np.ndarray) -> UpperBound:
+def find_upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound:
     """Find C_max; probes whose clustering is stored are read, not run.
 
     Args:
         ctx: The search; ``upper_bound.json`` goes into its folder.
-        embeddings: The embeddings.
-        neighbors: Neighbours, shape ``(N, k)``.
+        embeddings: The embeddings and their neighbours.
 
     Raises:
-        UserError: If no number of clusters is left to train.
+        UserError: If no number of clusters is left to train, or if the grouping has no such bound.
     """
-    jobs = ProbeJobs(ctx.config, embeddings.inputs, ctx.store)
+    if ctx.config.bound.c_max is not None:
+        return UpperBound(ctx.config.bound.c_max, "given", ())
+    if ctx.config.grouping == "kmeans":
+        raise UserError(KMEANS_HAS_NO_BOUND)
+    jobs = ProbeJobs(ctx.config, embeddings.inputs, ctx.images, ctx.store)
     search = _told(ctx, jobs)
     if not search.done:
         searcher = ProbeSearcher(search)
-        _run(ctx, searcher, jobs, embeddings.values, neighbors)
+        _run(ctx, searcher, jobs, embeddings)
         if not search.done:
             raise RuntimeError(f"clustering failed {searcher.failures} times; see {ctx.folder / 'ray'} for the reason")
     if search.c_max is None or search.outcome == "empty":
@@ -170,12 +172,9 @@ def _told(ctx: Context, jobs: ProbeJobs) -> UpperBoundSearch:
     return search
 
 
-def _run(ctx: Context, searcher: ProbeSearcher, jobs: ProbeJobs, embeddings: np.ndarray, neighbors: np.ndarray) -> None:
+def _run(ctx: Context, searcher: ProbeSearcher, jobs: ProbeJobs, embeddings: Embeddings) -> None:
     cpus, gpus = ctx.shares.cpus_per_probe, ctx.shares.gpus_per_probe
-    # Embeddings and neighbours lie in shared memory once; trials see read-only views of them.
-    probe = ray.tune.with_parameters(
-        run_probe, jobs=jobs, embeddings=embeddings, neighbors=neighbors, cpus=cpus, board=ctx.board
-    )
+    probe = ray.tune.with_parameters(run_probe, jobs=jobs, embeddings=embeddings, cpus=cpus, board=ctx.board)
     ray.tune.Tuner(
         ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
         tune_config=ray.tune.TuneConfig(search_alg=searcher, num_samples=-1),
