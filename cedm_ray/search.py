@@ -15,13 +15,13 @@ from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
-from cedm_ray.features.weights import file_sha256
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.result import SearchResult, read_result, show
 from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
+from cedm_ray.weights.files import file_sha256
 
 
 def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:

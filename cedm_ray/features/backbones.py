@@ -12,7 +12,8 @@ from cedm_ray.features.model_backbone import Dtype, compute_dtype
 from cedm_ray.features.open_clip_backbone import OPEN_CLIP, check_open_clip, open_clip_backbone
 from cedm_ray.features.pixels import PixelBackbone, PixelStats
 from cedm_ray.features.timm_backbone import check_timm, timm_backbone
-from cedm_ray.features.weights import check_weights, file_sha256
+from cedm_ray.features.weights import BACKBONE
+from cedm_ray.weights.files import check_weight_file, file_sha256
 
 # timm and open_clip are imported where they are used: that takes seconds, and most processes need no backbone.
 PIXELS = PixelBackbone.name
@@ -60,7 +61,7 @@ def check_backbone(name: str, weights: Path | None) -> str:
         check_timm(name, weights)
     if weights is None:
         return name
-    check_weights(weights)
+    check_weight_file(weights, BACKBONE)
     return file_sha256(weights)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cedm_ray.errors import UserError
-from cedm_ray.features.hub import fetching, fetching_weights
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.transform import Transform
-from cedm_ray.features.weights import fill, read_state
+from cedm_ray.features.weights import fetching_weights, fill, read_state
+from cedm_ray.weights.hub import fetching
 
 OPEN_CLIP = "open_clip:"
 _NO_FEATURES = ("logit_scale", "logit_bias")  # the loss's own, not all files have both
@@ -118,7 +118,7 @@ def build_open_clip(name: str) -> Any:
 
 
 def fetching_text(name: str) -> AbstractContextManager[None]:
-    """:func:`cedm_ray.features.hub.fetching` for what OpenCLIP leaves on the hub beside the weights."""
+    """:func:`cedm_ray.weights.hub.fetching` for what OpenCLIP leaves on the hub beside the weights."""
     return fetching(f"the settings of the text tower of {name}", "name a model that brings them, as ViT-B-32 does")
 
 

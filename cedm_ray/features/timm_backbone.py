@@ -8,11 +8,10 @@ import torch
 
 from cedm_ray.errors import UserError
 from cedm_ray.features.checkpoints import LOCAL_MODELS, timm_names
-from cedm_ray.features.hub import fetching_weights
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.pixels import PixelBackbone
 from cedm_ray.features.transform import Transform
-from cedm_ray.features.weights import fill, read_state
+from cedm_ray.features.weights import fetching_weights, fill, read_state
 
 
 def check_timm(name: str, weights: Path | None) -> None:

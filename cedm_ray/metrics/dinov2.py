@@ -1,10 +1,5 @@
 """The detector behind FDD: DINOv2 ViT-L/14, without registers, on images of 224 pixels."""
 
-import logging
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cedm_ray.errors import UserError
+from cedm_ray.metrics.detector_weights import read_tensors
 from cedm_ray.metrics.precision import full_float32
-from cedm_ray.metrics.weight_files import check_tensor_file, file_sha256, fill, read_tensors
+from cedm_ray.weights.files import WeightKind, check_weight_file, file_sha256, fill
+from cedm_ray.weights.hub import fetching
 
 _ARCHITECTURE = "vit_large_patch14_dinov2"
 _TAG = "lvd142m"
 _SIZE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _GRID_OFFSET = 0.1
-_PROBE_TIMEOUT_S = 10
+_DINOV2 = WeightKind("detector", "--dinov2-weights")
 
 
 class DinoV2Detector:
@@ -74,7 +70,7 @@ def check_dinov2(weights: Path | None) -> str:
     """
     if weights is None:
         return f"{_ARCHITECTURE}.{_TAG}"
-    check_tensor_file(weights)
+    check_weight_file(weights, _DINOV2)
     return file_sha256(weights)
 
 
@@ -97,15 +93,14 @@ def _load(weights: Path | None, device: torch.device | str, architecture: str) -
 
     identity = check_dinov2(weights)
     if weights is None:
-        model = _pretrained(identity)
+        with fetching(f"the weights of detector {identity}", f"pass a file with them: {_DINOV2.flag} FILE"):
+            model = timm.create_model(identity, pretrained=True, num_classes=0)
     else:
         # The official names are timm's, but for the token that stood for hidden patches in training. timm's own
         # checkpoint filter would drop it, too, and resample what it is given on the way, where a refusal is due.
-        state = {name: value for name, value in read_tensors(weights).items() if name != "mask_token"}
+        state = {name: value for name, value in read_tensors(weights, _DINOV2).items() if name != "mask_token"}
         model = timm.create_model(architecture, pretrained=False, num_classes=0)
-        fill(
-            model, state, optional=(), source=f"detector weights {weights}", wanted="DINOv2 ViT-L/14 without registers"
-        )
+        fill(model, state, source=f"detector weights {weights}", wanted="DINOv2 ViT-L/14 without registers")
     _to_size(model)
     return DinoV2Detector(model, weights_hash=identity, device=device)
 
@@ -144,39 +139,3 @@ def _prepared(images: Tensor) -> Tensor:
     mean = torch.tensor(_MEAN, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(_STD, device=pixels.device).view(1, 3, 1, 1)
     return (pixels / 255 - mean) / std
-
-
-def _pretrained(name: str) -> Any:
-    import timm
-
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # the error below says it in one line
-    try:
-        with _offline_unless_reachable():
-            return timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # timm and its hub raise whatever the network library raised
-        raise UserError(
-            f"the weights of detector {name} cannot be fetched ({type(error).__name__}); "
-            f"pass a file with them: --detector-weights FILE"
-        ) from error
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _offline_unless_reachable() -> Iterator[None]:
-    """Look in the hub's cache alone where the hub does not answer: its own retries take a minute."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cedm_ray.metrics.inception_weights import canonical_weights, check_inception, is_2015_graph, read_inception
 from cedm_ray.metrics.precision import full_float32
-from cedm_ray.metrics.weight_files import fill
+from cedm_ray.weights.files import fill
 
 __all__ = ["InceptionDetector", "check_inception", "load_inception"]
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from cedm_ray.errors import UserError
-from cedm_ray.metrics.weight_files import check_tensor_file, file_sha256, read_tensors
+from cedm_ray.metrics.detector_weights import read_tensors
+from cedm_ray.weights.files import WeightKind, check_weight_file, file_sha256
 
+INCEPTION = WeightKind("detector", "--detector-weights")
 CANONICAL_NAME = "weights-inception-2015-12-05-6726825d.pth"
 CANONICAL_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of the file that pytorch-fid and torch-fidelity publish, each under a name of its own."""
@@ -44,12 +46,12 @@ def check_inception(weights: Path | None) -> str:
             _knock()
             return CANONICAL_SHA256
         weights = canonical_weights()
-    check_tensor_file(weights)
+    check_weight_file(weights, INCEPTION)
     sha256 = file_sha256(weights)
     if sha256 in (CANONICAL_SHA256, TORCHSCRIPT_SHA256):
         return sha256
     _refuse_torchscript(weights)
-    if _A_LAYER not in read_tensors(weights):
+    if _A_LAYER not in read_tensors(weights, INCEPTION):
         raise UserError(
             f"detector weights {weights} lack {_A_LAYER}; pass weights of Inception-v3 by pytorch-fid's names"
         )
@@ -111,13 +113,13 @@ def read_inception(path: Path, layers: Sequence[str]) -> tuple[dict[str, Tensor]
     Raises:
         UserError: If the file is missing, damaged, holds more than tensors, or is a TorchScript file of another hash.
     """
-    check_tensor_file(path)
+    check_weight_file(path, INCEPTION)
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 == TORCHSCRIPT_SHA256:
         return _from_torchscript(content, layers), sha256  # the very bytes that were hashed, not the file once more
     _refuse_torchscript(path)
-    return read_tensors(path), sha256
+    return read_tensors(path, INCEPTION), sha256
 
 
 def _refuse_torchscript(path: Path) -> None:

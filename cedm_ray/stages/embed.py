@@ -24,7 +24,7 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.store import Store
 
 VALUES, NEIGHBORS = "embeddings.npy", "neighbors.npy"
-READ_ROWS = 4096
+ROWS = 1024  # of a block: written as one row group, read as one batch
 
 Batch = dict[str, np.ndarray]
 
@@ -136,7 +136,7 @@ def _stream(ctx: Context, spec: BackboneSpec, out: Path) -> None:
         },
     )
     try:
-        stream.write_parquet(str(out), compression="zstd", row_group_size=5000)
+        stream.write_parquet(str(out), compression="zstd", row_group_size=ROWS)
     finally:
         ctx.board.remove("embed")
 
@@ -155,7 +155,7 @@ def gather(folder: Path, out: Path, num_images: int) -> None:
     values: np.memmap[Any, np.dtype[np.float32]] | None = None
     seen = np.zeros(num_images, dtype=bool)
     for file in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, columns=["index", "embedding"]):
+        for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=["index", "embedding"]):
             index = batch["index"].to_numpy()
             rows = _rows(batch["embedding"])
             if values is None:

@@ -176,6 +176,14 @@ class FeatureParts:
                 if blocks:
                     np.save(scratch / name, torch.cat(blocks).numpy(), allow_pickle=False)
 
+    def make_missing(self, device: torch.device, on_images: Callable[[int], None]) -> None:
+        """Make what is missing in this process; the detector is loaded only if something is."""
+        missing = self.missing()
+        if missing:
+            detector = self.spec.load(device)
+            for bounds in missing:
+                self.make(bounds, detector, device, on_images)
+
     def features(self) -> NDArray[np.float32]:
         """All features, shape ``(N, D)``, float32."""
         return np.concatenate([_read(self.path(bounds) / FEATURES_FILE) for bounds in self.bounds()])

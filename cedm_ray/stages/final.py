@@ -15,17 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cedm_ray.data.pack import load_packed
+from cedm_ray.data.registry import TEST_SPLITS, open_source
+from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.features import FeatureParts
+from cedm_ray.stages.features import DetectorSpec, FeatureParts
 from cedm_ray.stages.granularity import Ledger, tune_trials
+from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.scoring import Reference
-from cedm_ray.stages.store import read_json, write_json
+from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE, samples_stats_file
 
 EXPORT_FOLDER = "export"
@@ -97,10 +100,10 @@ def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embe
     known = read_json(file)
     if known is not None and known["key"] == key:
         return [Score(**score) for score in known["scores"]]
-    unconditional = _unconditional(ledger)
+    unconditional, test = _unconditional(ledger), _test_images(ctx)
     task = ray.remote(_evaluate).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
     work = [
-        task.remote(job, reference, FeatureParts(ctx.images, reference.detector, ctx.store), embeddings, unconditional)
+        task.remote(job, reference, ctx.images, test, ctx.store, embeddings, unconditional)
         for reference in job.scoring.references
     ]
     scores = [score for found in ray.get(work) for score in found]
@@ -116,19 +119,41 @@ def _unconditional(ledger: Ledger) -> Path | None:
     return None
 
 
+def _test_images(ctx: Context) -> Path | None:
+    """Folder of the packed held-out images, where the data set has some."""
+    config = ctx.config
+    if config.dataset not in TEST_SPLITS:
+        return None
+    try:
+        source = open_source(config.dataset, data_dir=config.data_dir.expanduser(), resolution=None, split="test")
+        return pack_images(source, ctx.store, ctx.terminal)
+    except UserError as error:  # a search that took days does not end over one score
+        ctx.terminal.line(f"  AUROC is left out, for want of the test images: {error}")
+        return None
+
+
+def _features(images: Path, spec: DetectorSpec, store: Store, device: torch.device) -> np.ndarray | None:
+    """Features of packed images; what is missing of them is made. None where there are too many to keep."""
+    parts = FeatureParts(images, spec, store)
+    if not parts.kept:
+        return None
+    parts.make_missing(device, lambda _: None)
+    return parts.features()
+
+
 def _evaluate(
-    job: TrialJob, reference: Reference, parts: FeatureParts, embeddings: Embeddings, unconditional: Path | None
+    job: TrialJob,
+    reference: Reference,
+    images: Path,
+    test: Path | None,
+    store: Store,
+    embeddings: Embeddings,
+    unconditional: Path | None,
 ) -> list[Score]:
     """The scores in the features of one detector but its distance, which is the mean over all sets."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if reference.detector.backbone is not None:
-        real: np.ndarray | None = embeddings.values
-    elif parts.kept:
-        for bounds in parts.missing():  # the statistics can be older than the parts, which may have been removed
-            parts.make(bounds, parts.spec.load(device), device, lambda _: None)
-        real = parts.features()
-    else:
-        real = None
+    spec = reference.detector
+    real = embeddings.values if spec.backbone is not None else _features(images, spec, store, device)
     if real is None:
         return []
     samples = unconditional and unconditional / samples_stats_file(reference.metric)
@@ -137,6 +162,7 @@ def _evaluate(
         generated=np.concatenate(list(_kept(job, reference.metric))),
         real=real,
         logits=_joined(_kept(job, f"{reference.metric}-logits")),
+        test=None if test is None else _features(test, spec, store, device),
         unconditional=load_stats(samples) if samples and samples.is_file() else None,
     )
     return [score for score in evaluate_features(inputs, device=device) if score.metric != reference.metric]

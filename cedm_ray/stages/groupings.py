@@ -24,7 +24,6 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import load_packed
 from cedm_ray.features.backbones import BackboneSpec, check_backbone
 from cedm_ray.features.neighbors import faiss_device
-from cedm_ray.features.weights import file_sha256
 from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
 from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
@@ -32,6 +31,7 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
+from cedm_ray.weights.files import file_sha256
 
 CLUSTERING_FILE = "clustering.safetensors"
 

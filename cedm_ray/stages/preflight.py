@@ -59,7 +59,10 @@ def _check_grouping(config: SearchConfig, source: ImageSource) -> None:
         read_assignments(config.assignments.expanduser(), num_images=len(source))
     if config.grouping == "clip":
         clip_class_names(config, source.class_names())
-        check_backbone(config.clip.model, config.clip.weights)
+        try:
+            check_backbone(config.clip.model, config.clip.weights)
+        except UserError as error:
+            raise UserError(f"clip: {str(error).replace('--backbone-weights', '--clip.weights')}") from error
 
 
 def clip_class_names(config: SearchConfig, own: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Embeds two data sets, one eight times as large, with a small object store; prints memory at the peak as JSON.
 
 Run by test_embed.py in a process of its own. The images are 32 x 32 pixels in colour and the backbone gives them back
-as they are, so that embeddings take 12 kB an image: those of the larger set would fill the object store twice.
+as they are, so that embeddings take 12 kB an image: those of the larger set would fill the object store four times.
 """
 
 import json
@@ -27,7 +27,7 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import embed
 from cedm_ray.stages.store import Store
 
-SMALL, LARGE = 2_000, 16_000
+SMALL, LARGE = 4_000, 32_000
 OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -58,7 +58,10 @@ class Noise:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process and of Ray's, without what is mapped from files and without the object store."""
+    """Memory of the largest of this and Ray's processes, without mapped files and without the object store.
+
+    Not the sum over them: how many idle workers Ray has started at a moment varies by more than the data weigh.
+    """
     parents, anonymous = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -71,7 +74,7 @@ def anonymous_bytes() -> int:
     while len(ours) > before:
         before = len(ours)
         ours |= {pid for pid, parent in parents.items() if parent in ours}
-    return sum(anonymous.get(pid, 0) for pid in ours)
+    return max(anonymous.get(pid, 0) for pid in ours)
 
 
 class Peak:

@@ -4,7 +4,7 @@ import logging
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 from cedm_ray.errors import UserError
 
@@ -32,11 +32,6 @@ def fetching(what: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be fetched ({type(error).__name__}); {way_out}") from error
     finally:
         logger.setLevel(level)
-
-
-def fetching_weights(backbone: str) -> AbstractContextManager[None]:
-    """:func:`fetching` for the weights of a backbone."""
-    return fetching(f"the weights of backbone {backbone}", "pass a file with them: --backbone-weights FILE")
 
 
 @contextmanager
