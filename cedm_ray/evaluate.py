@@ -50,7 +50,7 @@ class EvaluateSettings:
     num_images: int | None = None
     """Score the first so many generated images (when not given: all)."""
     max_real: int | None = None
-    """Compare with the first so many real images (when not given: all)."""
+    """Compare with the first so many training and test images (when not given: all)."""
     num_neighbors: int = 5
     """Neighbours that set the radii of precision, recall, density and coverage."""
     seed: int = 2020
@@ -131,7 +131,7 @@ def _piles(settings: EvaluateSettings, store: Store, terminal: Terminal) -> Pile
     return Piles(
         generated=packed(made),
         real=packed(real),
-        test=packed(opened(None, "test")) if settings.dataset in TEST_SPLITS else None,
+        test=packed(_first(opened(None, "test"), settings.max_real)) if settings.dataset in TEST_SPLITS else None,
         unconditional=None if plain is None else packed(open_generated(plain, real)),
     )
 

@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cedm_ray.errors import UserError
 
@@ -96,8 +96,10 @@ def open_header(file: IO[bytes], where: str, resolution: int) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can raise nearly anything
+        # Pillow's own text for an unknown format names an object in memory.
+        reason = "its first bytes are of none of them" if isinstance(error, UnidentifiedImageError) else _line(error)
         raise BadImageError(
-            f"{where} is no readable PNG, JPEG or WebP image ({_line(error)}); repair or remove it, {WAY_OUT}"
+            f"{where} is no readable PNG, JPEG or WebP image ({reason}); repair or remove it, {WAY_OUT}"
         ) from error
     check_size(image.width, image.height, where, resolution)
     return image
