@@ -41,7 +41,9 @@ class InceptionDetector:
         self.name = "inception" if known else f"inception-{weights_hash[:8]}"
         self.weights_hash, self.has_classifier = weights_hash, has_classifier
         self._device = torch.device(device)
-        self._network = network.to(self._device).eval().requires_grad_(False)
+        # Channels last: 25 images a second instead of 16 on two cores, and FID moves by 1e-8 of itself.
+        network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = network.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Pooled features ``(B, 2048)`` float32 of images ``(B, 1 or 3, H, W)`` uint8; one channel is repeated."""
