@@ -20,7 +20,7 @@ from cedm_ray.errors import UserError, require
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.tables import scores_table
-from cedm_ray.stages.features import MAX_KEPT, DetectorSpec, FeatureParts, check_detectors, lenet_spec
+from cedm_ray.stages.features import MAX_KEPT, DetectorSpec, FeatureParts, check_detectors, lenet_spec, load_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.progress import Terminal, WorkCounter
 from cedm_ray.stages.score_rows import score_row
@@ -95,6 +95,7 @@ def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> li
     """
     terminal = terminal or Terminal()
     hashes = check_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
+    load_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
     store = Store(prepare_storage(settings.storage_path) / "store")
     piles = _piles(settings, store, terminal)
     found: list[Score] = []

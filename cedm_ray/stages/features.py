@@ -31,6 +31,18 @@ NUM_SUM_PARTS = 32
 BATCH = 64
 
 
+def load_detectors(names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None) -> None:
+    """Load the detectors that need weight files once, so that what does not fit is found before hours are spent.
+
+    Raises:
+        UserError: If weights cannot be had or do not fit.
+    """
+    files = {"inception": detector_weights, "dinov2": dinov2_weights}
+    for name in names:
+        if name in files:
+            DetectorSpec(name, absolute(files[name]), "").load(torch.device("cpu"))
+
+
 def check_detectors(
     names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None
 ) -> dict[str, str]:

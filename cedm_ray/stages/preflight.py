@@ -15,12 +15,13 @@ from cedm_ray.features.pixels import PixelStats
 from cedm_ray.features.zero_shot_text import read_class_names
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
+from cedm_ray.stages.features import load_detectors
 
 DINOV2_DIM = 1024
 
 
 def check_inputs(config: SearchConfig, source: ImageSource) -> None:
-    """Refuse settings that cannot work with these images; the backbone is loaded once, to see that its weights fit.
+    """Refuse settings that cannot work with these images; models are loaded once, to see that their weights fit.
 
     Args:
         config: The settings of the search.
@@ -105,3 +106,4 @@ def _check_scores(config: SearchConfig, source: ImageSource) -> None:
                 f"{name} is {value}; it must be at least {dims[detector]}, the dimensions of the features of detector "
                 f"{detector}, for a covariance of full rank"
             )
+    load_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)

@@ -3,6 +3,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from cedm_ray.config import load
 from cedm_ray.data.digits import digits
@@ -63,3 +64,11 @@ def test_clip_takes_the_names_of_a_file_before_the_data_set_s_own(tmp_path: Path
 def test_a_bound_above_the_number_of_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "load_backbone", lambda *_, **__: Mock(dim=64))
     assert "bound.c_max is 1798; it must be at most" in refused(digits(), "--bound.c-max", "1798")
+
+
+def test_detector_weights_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> None:
+    many = ArraySource("many", "1", np.zeros((2100, 1, 8, 8), np.uint8), None, None)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    flags = ["--score.num-images", "2048", "--final.num-images", "2048", "--detector-weights"]
+    said = refused(many, "--score.detector", "inception", *flags, str(tmp_path / "other.pt"))
+    assert "other.pt" in said and "Inception-v3" in said
