@@ -62,6 +62,7 @@ def _check_grouping(config: SearchConfig, source: ImageSource) -> None:
         clip_class_names(config, source.class_names())
         try:
             check_backbone(config.clip.model, config.clip.weights)
+            load_backbone(config.clip.model, config.clip.weights, device="cpu")
         except UserError as error:
             raise UserError(f"clip: {str(error).replace('--backbone-weights', '--clip.weights')}") from error
 

@@ -72,3 +72,13 @@ def test_detector_weights_that_do_not_fit_are_refused_before_any_work(tmp_path: 
     flags = ["--score.num-images", "2048", "--final.num-images", "2048", "--detector-weights"]
     said = refused(many, "--score.detector", "inception", *flags, str(tmp_path / "other.pt"))
     assert "other.pt" in said and "Inception-v3" in said
+
+
+def test_a_clip_model_that_cannot_be_fetched_is_refused_with_its_own_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("open_clip.download_pretrained", no_network)
+    said = refused(digits(), "--grouping", "clip", "--clip.model", "open_clip:ViT-B-32/openai")
+    assert said.startswith("clip: the weights of") and said.endswith("pass a file with them: --clip.weights FILE")
