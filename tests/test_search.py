@@ -162,6 +162,7 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
         for metric in ("fd_lenet", "fd_pixels"):
             points = client.get_metric_history(run.info.run_id, f"{metric}_200")  # the count is part of the name
             assert [(p.step, p.value) for p in points] == [(rung["kimg"], rung[metric]) for rung in trial["rungs"]]
+        assert run.data.params["fd_lenet.count"] == "1797" and len(run.data.params["fd_lenet.weights_hash"]) == 64
         assert run.data.metrics["utilization_ratio"] == trial["utilization_ratio"]
         assert ("anmi" in run.data.metrics) == (trial["grouping"] != "none")
         assert run.data.tags["state"] == trial["state"] and run.data.tags["grouping"] == trial["grouping"]

@@ -61,7 +61,7 @@ class Ledger:
         self._tracker.child(
             job.key,
             job.label,
-            {"num_clusters": job.num_clusters, **params},
+            {"num_clusters": job.num_clusters, **params, **self.planner.scoring.terms()},
             {
                 "stage": "granularity",
                 "C": job.num_clusters,

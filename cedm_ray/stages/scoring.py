@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -56,6 +57,10 @@ class Scoring:
     def metrics(self) -> tuple[str, ...]:
         """Names of all scores."""
         return tuple(reference.metric for reference in self.references)
+
+    def terms(self) -> dict[str, Any]:
+        """What each score depends on besides the images, by dotted names such as ``fid.weights_hash``."""
+        return {f"{ref.metric}.{name}": value for ref in self.references for name, value in asdict(ref.facts).items()}
 
     @property
     def facts(self) -> StatsFacts:

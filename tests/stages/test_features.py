@@ -99,3 +99,28 @@ def test_lenet_is_trained_once_and_needs_labels(images: Path, store: Store, tmp_
         pass
     with pytest.raises(UserError, match="lenet is trained on labels, and these images have none"):
         lenet_spec(tmp_path / "images", store)
+
+
+class Classifying:
+    """A detector whose features are means of rows and whose class scores are means of columns."""
+
+    name, dim, resize, weights_hash, has_classifier = "rows", 8, "none", "-", True
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features_and_logits(images)[0]
+
+    def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.float().mean((1, 3)), images.float().mean((1, 2))
+
+
+def test_class_scores_are_kept_where_the_detector_has_a_classifier(images: Path, store: Store, tmp_path: Path) -> None:
+    parts = FeatureParts(images, lenet_spec(images, store), Store(tmp_path))
+    for bounds in parts.missing():
+        parts.make(bounds, Classifying(), CPU, lambda _: None)
+    pixels = np.load(images / "images.npy").astype(np.float32)
+    logits = parts.logits()
+    assert logits is not None and np.allclose(logits, pixels.mean((1, 2)), rtol=1e-6)
+    assert np.allclose(parts.features(), pixels.mean((1, 3)), rtol=1e-6)
+    plain = FeatureParts(images, parts.spec, store)
+    make(plain)
+    assert plain.logits() is None
