@@ -46,6 +46,16 @@ def features_and_logits(detector: Detector, images: Tensor) -> tuple[Tensor, Ten
     return (detector(images), None) if both is None else both(images)
 
 
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images.
+
+    Raises:
+        ValueError: Unless they are uint8, ``(B, 1 or 3, H, W)``.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; uint8, (B, 1 or 3, H, W) is due")
+
+
 def metric_name(detector_name: str) -> str:
     """Name of the Fréchet distance on the features of a detector.
 

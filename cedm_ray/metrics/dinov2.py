@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cedm_ray.metrics.detector_weights import read_tensors
+from cedm_ray.metrics.detectors import check_images
 from cedm_ray.metrics.precision import full_float32
 from cedm_ray.weights.files import WeightKind, check_weight_file, file_sha256, fill
 from cedm_ray.weights.hub import fetching
@@ -47,10 +48,7 @@ class DinoV2Detector:
         Raises:
             ValueError: If the images have another dtype or number of channels.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}; uint8, (B, 1 or 3, H, W) is due"
-            )
+        check_images(images)
         with full_float32(self._device):
             features: Tensor = self._model(_prepared(images.to(self._device)))
         return features

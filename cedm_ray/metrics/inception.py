@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cedm_ray.metrics.detectors import check_images
 from cedm_ray.metrics.inception_weights import canonical_weights, check_inception, is_2015_graph, read_inception
 from cedm_ray.metrics.precision import full_float32
 from cedm_ray.weights.files import fill
@@ -63,10 +64,7 @@ class InceptionDetector:
         Raises:
             ValueError: If the images have another dtype or number of channels.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images are {images.dtype} of shape {tuple(images.shape)}; uint8, (B, 1 or 3, H, W) is due"
-            )
+        check_images(images)
         with full_float32(self._device):
             outputs = self._network(images.to(self._device).expand(-1, 3, -1, -1))
         return outputs[0], outputs[1] if self.has_classifier else None
