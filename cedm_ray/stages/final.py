@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from cedm_ray.data.pack import load_packed
 from cedm_ray.data.registry import TEST_SPLITS, open_source
+from cedm_ray.data.sources import ImageSource
+from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
@@ -125,7 +127,11 @@ def _test_images(ctx: Context) -> Path | None:
     if config.dataset not in TEST_SPLITS:
         return None
     try:
-        source = open_source(config.dataset, data_dir=config.data_dir.expanduser(), resolution=None, split="test")
+        source: ImageSource = open_source(
+            config.dataset, data_dir=config.data_dir.expanduser(), resolution=None, split="test"
+        )
+        if config.max_images is not None:
+            source = FirstImages(source, min(config.max_images, len(source)))
         return pack_images(source, ctx.store, ctx.terminal)
     except UserError as error:  # a search that took days does not end over one score
         ctx.terminal.line(f"  AUROC is left out, for want of the test images: {error}")
