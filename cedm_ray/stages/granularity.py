@@ -93,7 +93,8 @@ class Ledger:
     def close(self, params: Mapping[str, Any], reason: str | None = None) -> None:
         """A trial ends: by itself, stopped by the scheduler, or (with a reason) because it failed."""
         job = self.planner.job(params)
-        self._board.remove(job.key)
+        for key in (job.key, job.score_key):
+            self._board.remove(key)
         record = read_record(job.path) or new_record(job, params)
         total = self.planner.config.granularity.total_kimg
         reached = record.rungs[-1]["kimg"] if record.rungs else 0

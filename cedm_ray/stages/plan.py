@@ -45,6 +45,11 @@ class TrialJob:
     def key(self) -> str:
         return self.path.name
 
+    @property
+    def score_key(self) -> str:
+        """Under which the progress of scoring is told."""
+        return f"{self.key}/score"
+
     def finally_scored(self, rung: Mapping[str, Any]) -> bool:
         """Whether a rung is the last one of this job and holds the scores of its final sets of images."""
         scores = rung.get("final_scores", {}).get(self.scoring.metric, ())

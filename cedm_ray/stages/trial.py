@@ -107,6 +107,7 @@ def train_worker(loop: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     beat = Beat(loop["board"], job.key, job.label, job.rungs_kimg[-1], "kimg")
     worker = Worker(job, rank, world_size, device)
+    worker.board = loop["board"]
     try:
         for rung in worker.restore():
             ray.train.report(rung)  # Tune may not have heard of it before the interruption
@@ -156,6 +157,8 @@ class Worker:
         self.rungs: list[Rung] = []
         self.stats: dict[str, FeatureStats] = {}  # of the last generated images
         self.samples: Tensor | None = None
+        self.board: Board | None = None
+        """Where the progress of scoring is told, if anybody wants to know."""
 
     def restore(self) -> list[Rung]:
         """Go on from the newest checkpoint, if there is one; returns the rungs that are already done."""
@@ -220,7 +223,7 @@ class Worker:
         sums = {metric: FeatureSums(detector.dim, device=self.device) for metric, detector in self.detectors.items()}
         features: dict[str, list[Tensor]] = defaultdict(list)
         kept: list[Tensor] = []
-        for images in self._generated(number * num_images, num_images):
+        for images in self._told(self._generated(number * num_images, num_images), num_images):
             for metric, detector in self.detectors.items():
                 found, logits = features_and_logits(detector, images) if keep_features else (detector(images), None)
                 sums[metric].update(found)
@@ -249,6 +252,23 @@ class Worker:
             num_steps=self.job.score.num_steps,
             device=self.device,
         )
+
+    def _told(self, batches: Iterator[Tensor], num_images: int) -> Iterator[Tensor]:
+        """The same batches; the first process tells how far scoring is, in place of how far training is."""
+        if self.board is None or self.rank:
+            yield from batches
+            return
+        self.board.remove(self.job.key)
+        beat = Beat(self.board, self.job.score_key, f"{self.job.label} scoring", num_images, "images")
+        done = 0
+        try:
+            for images in batches:
+                yield images
+                done += len(images) * self.world_size
+                beat(min(done, num_images))
+        finally:
+            beat.close()
+            self.board.open(self.job.key)
 
     def _write_features(self, features: Mapping[str, list[Tensor]]) -> None:
         folder = self.job.features

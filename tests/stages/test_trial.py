@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -111,3 +112,15 @@ def test_conditions_follow_the_shares_or_are_uniform_over_the_used_clusters(job:
     assert by_share.tolist() == [1200 / 1797, 500 / 1797, 0, 97 / 1797]
     assert uniform.tolist() == [1, 1, 0, 1]
     assert not alike(images_of(job), images_of(job, conditions="uniform"))
+
+
+def test_scoring_is_told_in_place_of_training(job: TrialJob) -> None:
+    told, silent = worker(job, batch_size=40), worker(job, rank=1, world_size=2)
+    told.board, silent.board = Mock(), Mock()
+    told.score(0, NUM_IMAGES)
+    silent.score(0, NUM_IMAGES)
+    names = [call[0] for call in told.board.method_calls]
+    assert (names[0], names[1], names[-2:]) == ("remove", "open", ["remove", "open"]) and "update" in names
+    key, label, done, total, unit = told.board.update.call_args.args
+    assert (key, label, total, unit) == (job.score_key, "C=4 scoring", NUM_IMAGES, "images") and 0 < done <= NUM_IMAGES
+    assert not silent.board.method_calls
