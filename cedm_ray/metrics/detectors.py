@@ -29,17 +29,6 @@ class Detector(Protocol):
         """Features ``(B, D)`` float32 of images ``(B, C, H, W)`` uint8."""
 
 
-class Classifier(Detector, Protocol):
-    """A detector that also gives class scores, from which the Inception Score is made."""
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether the classifier's weights are there."""
-
-    def features_and_logits(self, images: Tensor, /) -> tuple[Tensor, Tensor | None]:
-        """Features ``(B, D)`` and class scores ``(B, K)``, both float32; None without a classifier."""
-
-
 def features_and_logits(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Features of images ``(B, C, H, W)`` uint8, and class scores where the detector has them."""
     both: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = getattr(detector, "features_and_logits", None)

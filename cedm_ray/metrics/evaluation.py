@@ -96,7 +96,20 @@ def _distance(own: FeatureStats, unconditional: FeatureStats) -> float:
 
 
 def _score(inputs: EvaluationInputs, metric: str, value: float, std: float | None = None) -> Score:
-    facts = inputs.facts
+    return score_of(inputs.facts, metric, value, std, num_images=len(inputs.generated), num_reference=len(inputs.real))
+
+
+def score_of(
+    facts: StatsFacts,
+    metric: str,
+    value: float,
+    std: float | None,
+    *,
+    num_images: int,
+    num_reference: int,
+    num_sets: int = 1,
+) -> Score:
+    """A value with the facts of the detector that it was measured with."""
     return Score(
         metric=metric,
         value=value,
@@ -105,6 +118,7 @@ def _score(inputs: EvaluationInputs, metric: str, value: float, std: float | Non
         weights_hash=facts.weights_hash,
         resize=facts.resize,
         dtype=facts.dtype,
-        num_images=len(inputs.generated),
-        num_reference=len(inputs.real),
+        num_images=num_images,
+        num_reference=num_reference,
+        num_sets=num_sets,
     )

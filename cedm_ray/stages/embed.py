@@ -21,6 +21,7 @@ from cedm_ray.features.neighbors import knn
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.features import absolute
 from cedm_ray.stages.store import Store
 
 VALUES, NEIGHBORS = "embeddings.npy", "neighbors.npy"
@@ -56,9 +57,8 @@ def _mapped(file: Path) -> np.ndarray:
 
 def backbone_spec(config: SearchConfig, packed: PackedImages) -> BackboneSpec:
     """The backbone that the settings name, for these images."""
-    weights = config.backbone_weights and config.backbone_weights.expanduser().absolute()
     stats = pixel_stats(packed.images) if config.backbone == PIXELS else None
-    return BackboneSpec(config.backbone, weights, stats)
+    return BackboneSpec(config.backbone, absolute(config.backbone_weights), stats)
 
 
 def read_images(batch: Batch, images: Path) -> Batch:

@@ -19,7 +19,7 @@ from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
-from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
+from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, score_of
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
 from cedm_ray.stages.context import Context
@@ -77,18 +77,15 @@ def _distances(job: TrialJob, rung: Mapping[str, Any]) -> list[Score]:
     """The Fréchet distances as means over the final sets of images, the one that the search minimises first."""
     found = []
     for reference in job.scoring.references:
-        values, facts = rung["final_scores"][reference.metric], reference.facts
+        values = rung["final_scores"][reference.metric]
         found.append(
-            Score(
-                metric=reference.metric,
-                value=float(np.mean(values)),
-                std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                detector=facts.detector,
-                weights_hash=facts.weights_hash,
-                resize=facts.resize,
-                dtype=facts.dtype,
+            score_of(
+                reference.facts,
+                reference.metric,
+                float(np.mean(values)),
+                float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 num_images=int(rung["final_images"]),
-                num_reference=facts.count,
+                num_reference=reference.facts.count,
                 num_sets=len(values),
             )
         )

@@ -29,6 +29,7 @@ from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
+from cedm_ray.stages.features import absolute
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import file_sha256
@@ -180,7 +181,7 @@ def _given(ctx: Context, what: dict[str, Any], clustering: Clustering) -> GivenG
 def _clip(ctx: Context) -> GivenGrouping:
     """Each image's most similar class name, by an OpenCLIP model, as its pseudo-label."""
     settings = ctx.config.clip
-    weights = settings.weights and settings.weights.expanduser().absolute()
+    weights = absolute(settings.weights)
     weights_hash = check_backbone(settings.model, weights)
     names = clip_class_names(ctx.config, ctx.packed.class_names())
     images = embed(ctx, BackboneSpec(settings.model, weights, None), weights_hash)

@@ -6,21 +6,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from cedm_ray.metrics.detectors import metric_name
-from cedm_ray.metrics.frechet import FeatureSums
+from cedm_ray.metrics.evaluation import feature_stats
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
 from cedm_ray.settings import DetectorName
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, backbone_spec
-from cedm_ray.stages.features import DetectorSpec, FeatureParts, absolute, detector_facts, lenet_spec, stats_of
+from cedm_ray.stages.features import DetectorSpec, FeatureParts, absolute, detector_facts, lenet_spec
 
 STATS_FILE = "reference.safetensors"
-BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _reference(ctx: Context, name: DetectorName, embeddings: Embeddings) -> Refe
     if ctx.store.facts(path) is None:
         if spec.backbone is not None:  # the embeddings are the real images' features
             facts = detector_facts(spec.load(torch.device("cpu")), str(embeddings.inputs["dtype"]))
-            stats = stats_of(_sums_of(embeddings.values), facts)
+            stats = feature_stats(embeddings.values, StatsFacts(**facts, count=len(embeddings.values)))
         else:
             parts = FeatureParts(ctx.images, spec, ctx.store)
             _make_features(ctx, parts)
@@ -102,13 +100,6 @@ def detector_spec(ctx: Context, name: DetectorName) -> DetectorSpec:
     task = ray.remote(lenet_spec).options(num_cpus=ctx.shares.cpus_per_probe)
     spec: DetectorSpec = ray.get(task.remote(ctx.images, ctx.store))
     return spec
-
-
-def _sums_of(features: np.ndarray) -> FeatureSums:
-    sums = FeatureSums(features.shape[1])
-    for start in range(0, len(features), BLOCK):
-        sums.update(torch.from_numpy(features[start : start + BLOCK].copy()))
-    return sums
 
 
 def _make_features(ctx: Context, parts: FeatureParts) -> None:
