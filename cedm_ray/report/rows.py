@@ -23,6 +23,10 @@ class Row:
     grouping: str = "temi"
     num_images: int | None = None
     """Generated images behind the score."""
+    fidelity: str | None = None
+    """How thorough the clustering of a probe is, for example "full" or "low"; None where there is one kind only."""
+    seed: int | None = None
+    """Seed of the clustering; None where it is not told apart."""
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:

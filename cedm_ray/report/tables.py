@@ -36,13 +36,20 @@ def trials_table(rows: Sequence[Row], metric: str, best: int | None, grouping: s
     return table
 
 
-def probes_table(rows: Sequence[Row], *, utilization_cutoff: float, c_max: int | None) -> Table:
+def probes_table(
+    rows: Sequence[Row],
+    *,
+    utilization_cutoff: float,
+    c_max: int | None,
+    interval: tuple[int, int | None] | None = None,
+) -> Table:
     """All that is known of r_C, ordered by the number of clusters: probes, and the clusterings of trials.
 
     Args:
-        rows: Probes and trials; those without r_C are left out.
+        rows: Probes and trials; those without r_C are left out. Fidelity and seed are columns where a row has them.
         utilization_cutoff: Value of r_C at which C_max is found.
         c_max: The upper bound that was found, or None while it is unknown.
+        interval: Ends of the interval of C_max, the upper one None while it is open; None where there is none.
 
     Returns:
         The table; print it with a ``rich.console.Console``.
@@ -52,10 +59,18 @@ def probes_table(rows: Sequence[Row], *, utilization_cutoff: float, c_max: int |
     table.add_column("r_C", justify="right")
     table.add_column("against the cutoff")
     known = [row for row in rows if row.utilization_ratio is not None]
-    for row in sorted(known, key=lambda row: (row.num_clusters, row.state)):
+    origins = _origins(known)
+    for name in origins:
+        table.add_column(name, justify="right" if name == "seed" else "left")
+    for row in sorted(known, key=lambda row: (row.num_clusters, row.state, *_origin_key(row))):
         ratio = row.utilization_ratio or 0.0
-        table.add_row(str(row.num_clusters), f"{ratio:.4f}", "above" if ratio > utilization_cutoff else "at or below")
+        side = "above" if ratio > utilization_cutoff else "at or below"
+        given = [getattr(row, name) for name in origins]
+        table.add_row(str(row.num_clusters), f"{ratio:.4f}", side, *("-" if x is None else str(x) for x in given))
     table.caption = f"cutoff {utilization_cutoff:g}; C_max {'not found yet' if c_max is None else c_max}"
+    if interval is not None:
+        lower, upper = interval
+        table.caption += f"; interval from {lower}, open above" if upper is None else f"; interval [{lower}, {upper}]"
     return table
 
 
@@ -96,13 +111,27 @@ def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None, group
 
 
 def to_csv(rows: Sequence[Row], metric: str) -> str:
-    """All rows as CSV at full precision; what is unknown is an empty field."""
+    """All rows as CSV at full precision; what is unknown is an empty field.
+
+    Fidelity and seed are columns, the last ones, where a row has them.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["num_clusters", "utilization_ratio", "kimg", metric, "state", "grouping"])
+    origins = _origins(rows)
+    writer.writerow(["num_clusters", "utilization_ratio", "kimg", metric, "state", "grouping", *origins])
     for row in _ordered(rows):
-        writer.writerow([row.num_clusters, row.utilization_ratio, row.kimg, row.score, row.state, row.grouping])
+        fields = [row.num_clusters, row.utilization_ratio, row.kimg, row.score, row.state, row.grouping]
+        writer.writerow([*fields, *(getattr(row, name) for name in origins)])
     return out.getvalue()
+
+
+def _origins(rows: Sequence[Row]) -> list[str]:
+    """Which of the columns that say where r_C comes from are worth showing."""
+    return [name for name in ("fidelity", "seed") if any(getattr(row, name) is not None for row in rows)]
+
+
+def _origin_key(row: Row) -> tuple[str, int]:
+    return row.fidelity or "", -1 if row.seed is None else row.seed
 
 
 def _is_best(row: Row, best: int | None, grouping: str) -> bool:
@@ -124,7 +153,7 @@ def _table(title: str, metric: str) -> Table:
 def _ordered(rows: Sequence[Row], *, probes: bool = True) -> list[Row]:
     return sorted(
         (row for row in rows if probes or row.state != "probe"),
-        key=lambda row: (row.num_clusters, row.grouping, row.state, row.kimg),
+        key=lambda row: (row.num_clusters, row.grouping, row.state, row.kimg, *_origin_key(row)),
     )
 
 

@@ -1,5 +1,6 @@
 import csv
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -85,3 +86,57 @@ def test_csv_keeps_every_digit_and_leaves_the_unknown_empty() -> None:
         "state": "failed",
         "grouping": "a|b",
     }
+
+
+PROBES = (
+    Row(600, 0.955, 0, None, "probe", fidelity="full", seed=1),
+    Row(600, 0.97, 0, None, "probe", fidelity="full", seed=0),
+    Row(600, 0.95, 0, None, "probe", fidelity="low", seed=0),
+    Row(50, 1.0, 200, 3.0, "complete"),
+)
+
+
+def test_probes_show_fidelity_and_seed_in_order_where_a_row_has_them() -> None:
+    text = plain(probes_table(PROBES, utilization_cutoff=0.96, c_max=642))
+    head, *body = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert head == ["C", "r_C", "against the cutoff", "fidelity", "seed"]
+    assert body == [
+        ["50", "1.0000", "above", "-", "-"],
+        ["600", "0.9700", "above", "full", "0"],
+        ["600", "0.9550", "at or below", "full", "1"],
+        ["600", "0.9500", "at or below", "low", "0"],
+    ]
+    assert text.isascii()
+
+
+@pytest.mark.parametrize(("given", "due"), [({}, []), ({"fidelity": "low"}, ["fidelity"]), ({"seed": 0}, ["seed"])])
+def test_only_columns_that_a_shown_row_fills_are_there(given: dict[str, Any], due: list[str]) -> None:
+    rows = [Row(5, 0.9, 0, None, "probe", **given), Row(6, 0.8, 0, None, "probe")]
+    text = plain(probes_table(rows, utilization_cutoff=0.96, c_max=5))
+    head = next(cells(line) for line in text.splitlines() if line.startswith("|"))
+    assert head == ["C", "r_C", "against the cutoff", *due]
+    assert next(csv.reader(io.StringIO(to_csv(rows, "fid"))))[6:] == due
+
+
+@pytest.mark.parametrize(
+    ("interval", "due"),
+    [
+        (None, "cutoff 0.96; C_max 642"),
+        ((610, 676), "cutoff 0.96; C_max 642; interval [610, 676]"),
+        ((610, None), "cutoff 0.96; C_max 642; interval from 610, open above"),
+    ],
+)
+def test_the_interval_of_c_max_stands_below_the_probes(interval: tuple[int, int | None] | None, due: str) -> None:
+    text = plain(probes_table(PROBES, utilization_cutoff=0.96, c_max=642, interval=interval))
+    assert text[text.index("cutoff 0.96") :].split() == due.split()
+
+
+def test_csv_tells_repeats_of_a_probe_apart() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(PROBES, "fid"))))
+    found = [(row["num_clusters"], row["utilization_ratio"], row["fidelity"], row["seed"]) for row in rows]
+    assert found == [
+        ("50", "1.0", "", ""),
+        ("600", "0.97", "full", "0"),
+        ("600", "0.955", "full", "1"),
+        ("600", "0.95", "low", "0"),
+    ]
