@@ -44,19 +44,49 @@ class EmbedSettings:
 
 @dataclass(frozen=True)
 class BoundSettings:
+    rule: Literal["fit", "paper"] = "fit"
+    """How C_max is searched: a curve fitted to repeated readings, with an interval, or the paper's rule of one reading
+    for each C."""
     c_start: int = 100
     """Number of clusters of the first probe."""
     cutoff: float = 0.96
     """C_max is the first C at which the share of used clusters r_C falls to this."""
+    precision: float = 0.15
+    """The fit ends when the interval reaches no further than this share below and above C_max."""
     resolution: int = 10
-    """Bisection ends when the bracket is at most this many clusters wide."""
+    """The search ends when C_max is known to this many clusters."""
+    confidence: float = 0.95
+    """Probability with which the interval of the fit holds C_max."""
+    max_probes: int = 12
+    """Full probes after which the fit ends in any case."""
+    low_heads: int | None = 4
+    """Heads of the cheap probes that bracket C_max before full ones decide (None: none are run)."""
+    low_spread: float = 0.12
+    """How far C_max is believed to be off at that number of heads: standard deviation of ln C_max."""
+    max_concurrent: int | None = None
+    """Probes at once (as many as the cluster holds, when not given)."""
+    lower: bool = False
+    """Also find the paper's lower bound: the clusters that TEMI uses at gamma 1 when it is given far too many."""
+    lower_clusters: tuple[int, ...] = ()
+    """Numbers of clusters that it is given (when not given: 1.5, 2 and 3 times C_max)."""
+    from_lower: bool = False
+    """Search C from the lower bound on instead of from 2."""
     c_max: int | None = None
     """Take this upper bound and look for none (k-means needs it)."""
 
     def __post_init__(self) -> None:
         require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
-        require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
+        require(0 < self.cutoff < 1, "cutoff", self.cutoff, "lie in (0, 1)")
+        require(self.precision > 0, "precision", self.precision, "be above 0")
         require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
+        require(0 < self.confidence < 1, "confidence", self.confidence, "lie in (0, 1)")
+        require(self.max_probes >= 1, "max_probes", self.max_probes, "be at least 1")
+        require(self.low_heads is None or self.low_heads >= 1, "low_heads", self.low_heads, "be at least 1")
+        require(self.low_spread > 0, "low_spread", self.low_spread, "be above 0")
+        at_once = self.max_concurrent
+        require(at_once is None or at_once >= 1, "max_concurrent", at_once, "be at least 1")
+        require(all(c >= 2 for c in self.lower_clusters), "lower_clusters", self.lower_clusters, "be at least 2 each")
+        require(self.lower or not self.from_lower, "from_lower", self.from_lower, "be given together with lower")
         require(self.c_max is None or self.c_max >= 3, "c_max", self.c_max, "be at least 3")
 
 
