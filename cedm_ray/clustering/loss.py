@@ -1,4 +1,8 @@
-"""The TEMI loss: weighted pointwise mutual information between the clusters of an image and of its neighbour."""
+"""The TEMI loss: weighted pointwise mutual information between the clusters of an image and of its neighbour.
+
+This is its definition. Training computes the same, with its gradient, in fewer passes: see
+:mod:`cedm_ray.clustering.temi_gradient`, which is tested against this.
+"""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,5 @@
 """TEMI: train clustering heads on pairs of neighbouring images and assign every image to a cluster."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cedm_ray.clustering.heads import Heads
+from cedm_ray.clustering.temi_features import Features, Placement, choose_placement, free_bytes, view
+from cedm_ray.clustering.temi_gradient import head_blocks
+from cedm_ray.clustering.temi_graph import Repeated, selected
 from cedm_ray.clustering.temi_learner import TemiLearner
+from cedm_ray.clustering.temi_precision import fast_matmul
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.clustering.types import Clustering, make_clustering
 
 __all__ = ["TemiProgress", "TemiSettings", "TemiTrainer", "fit_temi"]
 
-_BLOCK = 8192  # images assigned at a time
+_ROWS_OF_ONE_HEAD = 8192  # images assigned at a time
+_ROWS_OF_ALL_HEADS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class TemiTrainer:
         num_clusters: Clusters of each head, C, in ``[2, N]``.
         settings: How to train.
         seed: Seed of the starting weights, the order of the images and the draw of neighbours.
-        device: Where to train; features and neighbours are held there.
+        device: Where to train; neighbours are held there, and features unless they are too many.
+        placement: How the features are held; None to decide by their size and the free memory of the device.
 
     Raises:
         ValueError: If the arrays do not fit one another, a feature is not finite, or C lies outside ``[2, N]``.
 
-    On a CPU the result depends on the arguments and the number of threads alone.
+    On a CPU the result depends on the arguments and the number of threads alone. On CUDA products of matrices are
+    rounded to TF32 in training, not in assigning.
     """
 
     def __init__(
@@ -64,17 +70,20 @@ class TemiTrainer:
         *,
         seed: int,
         device: torch.device | str,
+        placement: Placement | None = None,
     ) -> None:
         _check(embeddings, neighbors, num_clusters)
         self.settings = settings
         self.num_clusters = num_clusters
-        self._embeddings = _resident(embeddings, device)
-        if not bool(torch.isfinite(self._embeddings).all()):
-            raise ValueError("embeddings hold NaN or infinity; every feature must be finite")
-        if settings.standardize:
-            self._embeddings = _standardized(self._embeddings)
-        self._neighbors = _resident(neighbors.astype(np.int32, copy=False), device)  # torch indexes few dtypes
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.device = torch.device(device)
+        self.features = Features(
+            embeddings,
+            standardize=settings.standardize,
+            placement=placement or choose_placement(embeddings.nbytes, free_bytes(self.device)),
+            device=self.device,
+        )
+        self.neighbors = view(neighbors.astype(np.int32, copy=False)).to(self.device)  # torch indexes few dtypes
+        self._generator = torch.Generator(self.device).manual_seed(seed)
         student = Heads(
             embeddings.shape[1],
             num_clusters,
@@ -83,9 +92,13 @@ class TemiTrainer:
             bottleneck_dim=settings.bottleneck_dim,
             generator=torch.Generator().manual_seed(seed),
         )
-        self.learner = TemiLearner(student.to(device), settings)
+        self.learner = TemiLearner(student.to(self.device), settings)
         self._epoch = 0
-        self._head_losses = torch.full((settings.num_heads,), float("nan"), device=device)
+        self._batch = min(settings.batch_size, len(embeddings))
+        # A captured step reads its batch here and adds its losses there, always.
+        self._both = torch.empty(2 * self._batch, embeddings.shape[1], device=self.device)
+        self._loss_sums = torch.zeros(settings.num_heads, device=self.device)
+        self._step = Repeated(self._train_on_both, self.device)
 
     def epochs(self) -> Iterator[TemiProgress]:
         """Train, one epoch per item; training can be stopped after any of them and goes on with a second call.
@@ -97,15 +110,50 @@ class TemiTrainer:
             FloatingPointError: If the loss is not finite.
         """
         while self._epoch < self.settings.epochs:
-            lr = self._train_epoch()
+            lr = self.train(self.draw_rows())
             self._epoch += 1
-            losses = self._head_losses.cpu()
+            losses = self._head_losses()
             if not bool(torch.isfinite(losses).all()):
                 raise FloatingPointError(f"the TEMI loss is not finite in epoch {self._epoch}; try a lower lr")
             best_head = int(losses.argmin())
             yield TemiProgress(
                 self._epoch, self.settings.epochs, float(losses.mean()), float(losses[best_head]), best_head, lr
             )
+
+    def draw_rows(self) -> Tensor:
+        """Draw the batches of an epoch: every image once, in a new order, and a neighbour of each.
+
+        Returns:
+            Images and then neighbours of each step, shape ``(steps, 2B)``, int64, on the device.
+        """
+        device, generator, steps = self.device, self._generator, self._steps
+        order = torch.randperm(len(self.features), generator=generator, device=device)[: steps * self._batch]
+        draw = torch.randint(self.neighbors.shape[1], order.shape, generator=generator, device=device)
+        partners = self.neighbors[order, draw].long()
+        return torch.cat([order.view(steps, -1), partners.view(steps, -1)], dim=1)
+
+    def train(self, rows: Tensor) -> float:
+        """Train on batches at the rate of the present epoch; nothing waits for the device within.
+
+        :meth:`epochs` is made of this; by itself it is for timing single steps.
+
+        Args:
+            rows: Steps of :meth:`draw_rows`.
+
+        Returns:
+            Learning rate of the last step.
+        """
+        self._loss_sums.zero_()
+        freeze, lr = self._epoch < self.settings.freeze_last_layer_epochs, 0.0
+        with fast_matmul(self.device, tf32=True), selected(self.device):
+            for step, _ in enumerate(self.features.batches(rows, self._both)):
+                lr = self._learning_rate(self._epoch * self._steps + step)
+                self.learner.set_lr(lr)
+                if freeze:
+                    self._train_on_both(freeze_last_layer=True)
+                else:
+                    self._step()
+        return lr
 
     def clustering(self) -> Clustering:
         """Assign every image with the teacher's weights of the head whose loss was lowest in the last epoch.
@@ -116,9 +164,8 @@ class TemiTrainer:
         Raises:
             RuntimeError: If no epoch has been trained.
         """
-        if self._epoch == 0:
-            raise RuntimeError("no epoch has been trained; iterate over epochs() first")
-        losses = self._head_losses.cpu()
+        self._require_training()
+        losses = self._head_losses()
         best_head = int(losses.argmin())
         assignments, max_prob = self._assign(self.learner.teacher.head(best_head))
         return make_clustering(
@@ -129,37 +176,56 @@ class TemiTrainer:
             best_head=best_head,
         )
 
-    def _train_epoch(self) -> float:
-        """One pass in a new order with newly drawn neighbours; nothing waits for the device within."""
-        settings, num_images = self.settings, len(self._embeddings)
-        device, generator = self._embeddings.device, self._generator
-        batch = min(settings.batch_size, num_images)
-        steps = num_images // batch
-        order = torch.randperm(num_images, generator=generator, device=device)[: steps * batch]
-        draw = torch.randint(self._neighbors.shape[1], order.shape, generator=generator, device=device)
-        partners = self._neighbors[order, draw].long()
-        total, lr = torch.zeros_like(self._head_losses), 0.0
-        batches = zip(torch.split(order, batch), torch.split(partners, batch), strict=True)
-        for step, (rows, partner_rows) in enumerate(batches):
-            lr = self._learning_rate(self._epoch * steps + step, steps, batch)
-            freeze = self._epoch < settings.freeze_last_layer_epochs
-            x, x_neighbour = self._embeddings[rows], self._embeddings[partner_rows]
-            total += self.learner.step(x, x_neighbour, lr=lr, freeze_last_layer=freeze)
-        self._head_losses = total / steps
-        return lr
+    @torch.no_grad()
+    def head_utilization(self) -> NDArray[np.float64]:
+        """Share of the clusters that each head's teacher gives at least one image, in one pass over the images.
 
-    def _learning_rate(self, step: int, steps_per_epoch: int, batch: int) -> float:
+        Returns:
+            r_C of each head, shape ``(H,)``, float64 in ``(0, 1]``.
+
+        Raises:
+            RuntimeError: If no epoch has been trained.
+
+        Source: arXiv 2403.00570, Sec. 3.3.
+        """
+        self._require_training()
+        num_heads, hidden_dim = self.settings.num_heads, self.settings.hidden_dim
+        used = torch.zeros(num_heads, self.num_clusters, dtype=torch.bool, device=self.device)
+        with fast_matmul(self.device, tf32=False):
+            for x in self.features.blocks(_ROWS_OF_ALL_HEADS):
+                for heads in head_blocks(num_heads, len(x), hidden_dim, self.device):
+                    used[heads].scatter_(1, self.learner.teacher.activations(x, heads).logits.argmax(dim=-1), True)
+        share: NDArray[np.float64] = used.double().mean(dim=1).cpu().numpy()
+        return share
+
+    def _require_training(self) -> None:
+        if self._epoch == 0:
+            raise RuntimeError("no epoch has been trained; iterate over epochs() first")
+
+    def _head_losses(self) -> Tensor:
+        """Loss of each head, averaged over the steps of the last epoch, shape ``(H,)``, on the host."""
+        return self._loss_sums.cpu() / self._steps
+
+    @property
+    def _steps(self) -> int:
+        return len(self.features) // self._batch
+
+    def _train_on_both(self, *, freeze_last_layer: bool = False) -> None:
+        self._loss_sums += self.learner.train_on(self._both, freeze_last_layer=freeze_last_layer)
+
+    def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then constant."""
-        warmup_steps = self.settings.warmup_epochs * steps_per_epoch
-        return self.settings.lr * batch / 256 * min(1.0, (step + 1) / max(1, warmup_steps))
+        warmup_steps = self.settings.warmup_epochs * self._steps
+        return self.settings.lr * self._batch / 256 * min(1.0, (step + 1) / max(1, warmup_steps))
 
     @torch.no_grad()
     def _assign(self, head: Heads) -> tuple[Tensor, Tensor]:
         """Most probable cluster of each image and its probability, both of shape ``(N,)``."""
-        found = [
-            torch.softmax(head(block)[0] / self.settings.teacher_temperature, dim=-1).max(dim=-1)
-            for block in torch.split(self._embeddings, _BLOCK)
-        ]
+        with fast_matmul(self.device, tf32=False):
+            found = [
+                torch.softmax(head(block)[0] / self.settings.teacher_temperature, dim=-1).max(dim=-1)
+                for block in self.features.blocks(_ROWS_OF_ONE_HEAD)
+            ]
         # Rounding can take a sure cluster's probability a hair above 1.
         max_prob = torch.cat([part.values for part in found]).clamp_max(1)
         return torch.cat([part.indices for part in found]), max_prob
@@ -212,17 +278,3 @@ def _check(embeddings: NDArray[Any], neighbors: NDArray[Any], num_clusters: int)
         raise ValueError(f"num_clusters is {num_clusters}; it must lie in [2, {num_images}], the number of images")
     if not np.issubdtype(neighbors.dtype, np.integer) or neighbors.min() < 0 or neighbors.max() >= num_images:
         raise ValueError(f"neighbors must be integers in [0, {num_images})")
-
-
-def _resident(array: NDArray[Any], device: torch.device | str) -> Tensor:
-    """The array on the device; on a CPU a view of it, which is never written to."""
-    with warnings.catch_warnings():
-        # Shared memory is mapped read-only, of which torch warns since it has no read-only tensors.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def _standardized(embeddings: Tensor) -> Tensor:
-    """Each feature at mean 0 and standard deviation 1; a constant feature becomes 0."""
-    std, mean = torch.std_mean(embeddings, dim=0, correction=0)
-    return (embeddings - mean) / torch.where(std > 0, std, 1.0)

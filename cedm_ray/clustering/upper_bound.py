@@ -55,7 +55,7 @@ class UpperBoundSearch:
         cutoff: float = 0.96,
         *,
         max_clusters: int,
-        precision: float = 0.15,
+        precision: float = 0.2,
         resolution: int = 10,
         confidence: float = 0.95,
         max_probes: int = 12,

@@ -66,6 +66,21 @@ def test_assignments_come_from_the_teacher_of_the_best_head(blobs: Data) -> None
     assert not np.array_equal(clustering.assignments, student.argmax(1).numpy())
 
 
+def test_the_share_of_used_clusters_is_known_for_every_head(blobs: Data) -> None:
+    settings = short(num_heads=5, epochs=6, batch_size=50, lr=0.02, standardize=True)
+    trainer = TemiTrainer(*blobs[:2], 40, settings, seed=0, device="cpu")
+    list(trainer.epochs())
+    x = torch.from_numpy((blobs[0] - blobs[0].mean(0)) / blobs[0].std(0))
+    with torch.no_grad():
+        picked = [trainer.learner.teacher.head(index)(x)[0].argmax(1).numpy() for index in range(5)]
+    expected = [len(np.unique(clusters)) / 40 for clusters in picked]
+    found = trainer.head_utilization()
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float64 and found.max() < 1 and len(set(expected)) > 1
+    clustering = trainer.clustering()
+    assert clustering.best_head is not None and found[clustering.best_head] == clustering.utilization_ratio
+
+
 def test_progress_counts_epochs_and_warms_up(blobs: Data) -> None:
     settings = short(epochs=4, warmup_epochs=2, batch_size=128, lr=1e-3)
     progress = list(TemiTrainer(*blobs[:2], 3, settings, seed=0, device="cpu").epochs())
@@ -126,8 +141,8 @@ def test_read_only_features_are_neither_copied_nor_warned_of(blobs: Data) -> Non
         torch.set_warn_always(False)
     np.testing.assert_array_equal(points, before[0])
     np.testing.assert_array_equal(neighbors, before[1])
-    assert trainer._embeddings.data_ptr() == points.ctypes.data
-    assert trainer._neighbors.data_ptr() == neighbors.ctypes.data
+    assert trainer.features.source.data_ptr() == points.ctypes.data
+    assert trainer.neighbors.data_ptr() == neighbors.ctypes.data
 
 
 def test_standardising_undoes_a_change_of_unit(blobs: Data) -> None:
@@ -151,7 +166,8 @@ def test_a_constant_feature_is_standardised_to_zero(blobs: Data) -> None:
     trainer = TemiTrainer(points, blobs[1], 3, short(standardize=True), seed=0, device="cpu")
     expected = (points - points.mean(0)) / points.std(0)
     expected[:, 2] = 0
-    np.testing.assert_allclose(trainer._embeddings.numpy(), expected, atol=1e-5)
+    held = torch.cat(list(trainer.features.blocks(128)))
+    np.testing.assert_allclose(held.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_clusters", [1, 301])
@@ -177,6 +193,8 @@ def test_arrays_that_do_not_fit_are_refused(blobs: Data) -> None:
 def test_clusters_before_any_epoch_are_refused(blobs: Data) -> None:
     with pytest.raises(RuntimeError, match="no epoch"):
         TemiTrainer(*blobs[:2], 5, short(), seed=0, device="cpu").clustering()
+    with pytest.raises(RuntimeError, match="no epoch"):
+        TemiTrainer(*blobs[:2], 5, short(), seed=0, device="cpu").head_utilization()
 
 
 @pytest.mark.parametrize(

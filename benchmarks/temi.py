@@ -1,0 +1,246 @@
+"""TEMI training at the paper's size against a plain loop over heads and against the machine's matrix products.
+
+    python benchmarks/temi.py --threads 1
+    python benchmarks/temi.py --images 2000 --dim 192 --heads 8 --clusters 50
+
+The features are standard normal; neither time depends on their values. The plain loop has one nn.Module for each head,
+an ordinary AdamW and a teacher that follows parameter by parameter, in torch's default precision. First both train two
+steps from the same weights, whose losses must agree; then products of square matrices, steps of the trainer and steps
+of the loop alternate, and the medians of their ratios are reported.
+
+Counted are the products that a step needs, for both images of each pair: student forward, teacher forward, and the
+student's backward without a gradient for the features. The machine's rate is the best of a few sizes in the precision
+of the trainer: TF32 on CUDA, float32 on a CPU. The defaults take some minutes on one core, the second line seconds.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from record import arguments, end
+from torch import Tensor, nn
+
+from cedm_ray.clustering.heads import Heads
+from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
+from cedm_ray.clustering.temi_precision import fast_matmul
+
+LR = 1e-4
+
+
+class PlainHead(nn.Module):
+    """One head, with the weights of head ``index`` of ``heads``."""
+
+    def __init__(self, heads: Heads, index: int) -> None:
+        super().__init__()
+        _, hidden_dim, in_dim = heads.hidden_weight.shape
+        _, num_clusters, bottleneck_dim = heads.last_direction.shape
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
+        last = nn.Linear(bottleneck_dim, num_clusters, bias=False)
+        self.last = torch.nn.utils.parametrizations.weight_norm(last)
+        ours = [heads.hidden_weight, heads.hidden_bias, heads.bottleneck_weight, heads.bottleneck_bias]
+        ours += [heads.last_gain, heads.last_direction]
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters(), ours, strict=True):
+                parameter.copy_(value[index])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+
+class PlainLoop:
+    """TEMI with a loop over heads."""
+
+    def __init__(self, heads: Heads, settings: TemiSettings, device: torch.device) -> None:
+        self.settings = settings
+        num_heads, num_clusters, _ = heads.last_direction.shape
+        self.students = [PlainHead(heads, index).to(device) for index in range(num_heads)]
+        self.teachers = [PlainHead(heads, index).to(device).requires_grad_(False) for index in range(num_heads)]
+        self.probs = [torch.full((num_clusters,), 1 / num_clusters, device=device) for _ in range(num_heads)]
+        parameters = [value for student in self.students for value in student.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [value for value in parameters if value.ndim > 1], "weight_decay": settings.weight_decay},
+                {"params": [value for value in parameters if value.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=LR,
+        )
+
+    def step(self, both: Tensor) -> Tensor:
+        """Train on images and then their partners, ``(2B, D)``; returns the loss of each head."""
+        settings = self.settings
+        with torch.no_grad():
+            teachers = [teacher(both).unflatten(0, (2, -1)) for teacher in self.teachers]
+            q = [torch.softmax(logits / settings.teacher_temperature, dim=-1) for logits in teachers]
+            weight = torch.stack([(one[0] * one[1]).sum(dim=-1) for one in q]).mean(dim=0)
+        losses = [self.loss(index, teachers[index], both, weight) for index in range(len(self.students))]
+        self.optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for teacher, student in zip(self.teachers, self.students, strict=True):
+                for followed, value in zip(teacher.parameters(), student.parameters(), strict=True):
+                    followed.mul_(settings.teacher_momentum).add_(value, alpha=1 - settings.teacher_momentum)
+        return torch.stack(losses).detach()
+
+    def loss(self, index: int, teacher_logits: Tensor, both: Tensor, weight: Tensor) -> Tensor:
+        """Loss of one head, arXiv 2303.17896, Sec. 3."""
+        settings = self.settings
+        log_t = torch.log_softmax(teacher_logits / settings.teacher_temperature, dim=-1)
+        batch_probs = log_t.exp().mean(dim=(0, 1))
+        self.probs[index] = torch.lerp(batch_probs, self.probs[index], settings.probs_momentum)
+        log_s = torch.log_softmax(self.students[index](both).unflatten(0, (2, -1)) / settings.student_temperature, -1)
+        joint = settings.gamma * (log_s + log_t.flip(0)) - self.probs[index].log()
+        return -(weight * torch.logsumexp(joint, dim=-1).mean(dim=0)).mean()
+
+
+def step_flop(args: argparse.Namespace) -> int:
+    """Operations of the matrix products of one step; a multiplication and an addition are two."""
+    first, others = args.dim * args.hidden, args.hidden * args.bottleneck + args.bottleneck * args.clusters
+    forward, weight_gradient, input_gradient = first + others, first + others, others
+    return 2 * 2 * args.batch * args.heads * (2 * forward + weight_gradient + input_gradient)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of the work, until the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started_s = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started_s
+
+
+class Products:
+    """Square matrix products of a few sizes."""
+
+    def __init__(self, device: torch.device) -> None:
+        sizes, self.repeats = ([4096, 8192], 10) if device.type == "cuda" else ([2048, 3072, 4096], 1)
+        self.device = device
+        self.matrices = [torch.randn(size, size, device=device) for size in sizes]
+        self.out = [torch.empty_like(matrix) for matrix in self.matrices]
+
+    def rate(self) -> float:
+        """Operations a second of the fastest size in the precision of the trainer."""
+        with fast_matmul(self.device, tf32=True):
+            return max(self._rate(matrix, out) for matrix, out in zip(self.matrices, self.out, strict=True))
+
+    def default_rate(self) -> float:
+        """The same for one size in the precision that torch has by itself."""
+        return self._rate(self.matrices[0], self.out[0])
+
+    def _rate(self, matrix: Tensor, out: Tensor) -> float:
+        taken_s = seconds(lambda: [torch.mm(matrix, matrix, out=out) for _ in range(self.repeats)], self.device)
+        return self.repeats * 2 * len(matrix) ** 3 / taken_s
+
+
+def parsed() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--dim", type=int, default=768, help="features of an image")
+    parser.add_argument("--heads", type=int, default=50)
+    parser.add_argument("--clusters", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=512, help="pairs of images of a step")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--bottleneck", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU; as torch finds best if left out")
+    parser.add_argument("--rounds", type=int, default=7, help="how often all are measured, in turns")
+    parser.add_argument("--steps", type=int, help="steps of the trainer in a round; 2 on a CPU, 100 on CUDA")
+    parser.add_argument("--loop-steps", type=int, help="steps of the loop in a round; 1 on a CPU, 5 on CUDA")
+    args = parser.parse_args()
+    cuda = torch.device(args.device).type == "cuda"
+    args.steps = args.steps or (100 if cuda else 2)
+    args.loop_steps = args.loop_steps or (5 if cuda else 1)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def trainer_of(args: argparse.Namespace) -> TemiTrainer:
+    """The trainer past the epochs in which the last layer rests."""
+    settings = TemiSettings(
+        num_heads=args.heads,
+        hidden_dim=args.hidden,
+        bottleneck_dim=args.bottleneck,
+        batch_size=args.batch,
+        lr=LR,
+        warmup_epochs=0,
+        freeze_last_layer_epochs=0,
+    )
+    random = np.random.default_rng(0)
+    features = random.standard_normal((args.images, args.dim), dtype=np.float32)
+    neighbors = random.integers(0, args.images, (args.images, 50), dtype=np.int32)
+    return TemiTrainer(features, neighbors, args.clusters, settings, seed=0, device=args.device)
+
+
+def largest_difference(trainer: TemiTrainer, loop: PlainLoop, args: argparse.Namespace) -> float:
+    """Largest relative difference of the losses of both in two steps from the same weights."""
+    worst = 0.0
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        both = torch.randn(2 * args.batch, args.dim, generator=generator).to(trainer.device)
+        with fast_matmul(trainer.device, tf32=True):
+            ours = trainer.learner.step(*both.chunk(2), lr=LR)
+        worst = max(worst, float((ours / loop.step(both) - 1).abs().max()))
+    bound = 1e-2 if trainer.device.type == "cuda" else 1e-4
+    if worst > bound:
+        raise SystemExit(f"the losses of trainer and loop differ by {worst:.1e} of their size; {bound} is allowed")
+    return worst
+
+
+def drawn(trainer: TemiTrainer, steps: int) -> Tensor:
+    """The batches of so many steps, of as many epochs as it takes."""
+    rows = [trainer.draw_rows()]
+    while sum(map(len, rows)) < steps:
+        rows.append(trainer.draw_rows())
+    return torch.cat(rows)[:steps]
+
+
+def main() -> None:
+    args = parsed()
+    trainer = trainer_of(args)
+    device = trainer.device
+    loop, products = PlainLoop(trainer.learner.student, trainer.settings, device), Products(device)
+    difference = largest_difference(trainer, loop, args)
+    both = torch.randn(2 * args.batch, args.dim, device=device)
+    trainer.train(drawn(trainer, 5 if device.type == "cuda" else 1))  # past capturing the graph
+    products.rate(), products.default_rate()
+    rates, defaults, step_s, loop_s = [], [], [], []
+    for _ in range(args.rounds):
+        rows = drawn(trainer, args.steps)
+        before = products.rate()
+        step_s.append(seconds(lambda rows=rows: trainer.train(rows), device) / args.steps)
+        rates.append((before + products.rate()) / 2)
+        defaults.append(products.default_rate())
+        loop_s.append(seconds(lambda: [loop.step(both) for _ in range(args.loop_steps)], device) / args.loop_steps)
+        print(f"step {step_s[-1]:.4f} s, loop {loop_s[-1]:.4f} s, products {rates[-1] / 1e12:.4g} TFLOP/s", flush=True)
+    flop = step_flop(args)
+    figures = {
+        "speedup_over_loop": round(median(b / a for a, b in zip(step_s, loop_s, strict=True)), 3),
+        "matmul_share": round(median(flop / a / rate for a, rate in zip(step_s, rates, strict=True)), 3),
+        "images_per_s": round(args.batch / median(step_s), 1),
+        "steps_per_s": round(1 / median(step_s), 4),
+        "loop_steps_per_s": round(1 / median(loop_s), 4),
+        "step_tflops": round(flop / median(step_s) / 1e12, 4),
+        "matmul_tflops": round(median(rates) / 1e12, 4),
+        "matmul_tflops_default": round(median(defaults) / 1e12, 4),
+        "step_gflop": round(flop / 1e9, 2),
+        "precision": "tf32" if device.type == "cuda" else "float32",
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "placement": trainer.features.placement,
+        "loss_difference": difference,
+        "size": {name: getattr(args, name) for name in ("images", "dim", "heads", "clusters", "batch")},
+    }
+    for name, value in figures.items():
+        print(f"{name:>22}: {value}")
+    end(figures, args.json)
+
+
+if __name__ == "__main__":
+    main()
