@@ -170,6 +170,8 @@ def _check_grouping(config: SearchConfig) -> None:
         )
     if config.space and config.grouping not in SEARCHED:
         raise UserError(f"space is given, but nothing is searched over for grouping {config.grouping}; leave it out")
+    if config.bound.lower and config.grouping != "temi":
+        raise UserError(f"bound.lower is given, but it is TEMI's and grouping is {config.grouping}; leave it out")
     if config.bound.c_max is not None and config.grouping not in SEARCHED:
         raise UserError(
             f"bound.c_max is given, but C is not searched over for grouping {config.grouping}; leave it out"

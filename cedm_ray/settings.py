@@ -51,7 +51,7 @@ class BoundSettings:
     """Number of clusters of the first probe."""
     cutoff: float = 0.96
     """C_max is the first C at which the share of used clusters r_C falls to this."""
-    precision: float = 0.15
+    precision: float = 0.2
     """The fit ends when the interval reaches no further than this share below and above C_max."""
     resolution: int = 10
     """The search ends when C_max is known to this many clusters."""
@@ -76,7 +76,8 @@ class BoundSettings:
 
     def __post_init__(self) -> None:
         require(self.c_start >= 2, "c_start", self.c_start, "be at least 2")
-        require(0 < self.cutoff < 1, "cutoff", self.cutoff, "lie in (0, 1)")
+        require(0 < self.cutoff <= 1, "cutoff", self.cutoff, "lie in (0, 1]")
+        require(self.cutoff < 1 or self.rule == "paper", "cutoff", self.cutoff, "be below 1 for rule fit")
         require(self.precision > 0, "precision", self.precision, "be above 0")
         require(self.resolution >= 1, "resolution", self.resolution, "be at least 1")
         require(0 < self.confidence < 1, "confidence", self.confidence, "lie in (0, 1)")

@@ -20,12 +20,13 @@ pytestmark = pytest.mark.ray
 
 SMALL_SETTINGS = {
     "temi": {"epochs": 8, "warmup-epochs": 1},
-    "bound": {"c-start": 150, "resolution": 200},
+    "bound": {"c-start": 150, "precision": 2.0, "low-heads": 2, "low-spread": 0.6, "lower-clusters": 250},
     "granularity": {"num-trials": 3, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
     "score": {"num-images": 200, "num-steps": 4, "also": "backbone"},
     "final": {"total-kimg": 5, "num-images": 150, "num-sets": 2},
 }
 SMALL = [f"--{group}.{name}={value}" for group, values in SMALL_SETTINGS.items() for name, value in values.items()]
+SMALL.append("--bound.lower")
 
 
 def command(storage: Path, *flags: str) -> list[str]:
@@ -88,9 +89,18 @@ def test_everything_that_was_promised_is_printed(finished: tuple[Path, subproces
     storage, done = finished
     result = result_of(storage)
     said = done.stdout
-    assert f"C_max {result['c_max']}" in said and f"C_max is {result['c_max']}" in said
-    for num_clusters, ratio in result["probes"]:
-        assert re.search(rf"\| +{num_clusters} \| {ratio:.4f} \|", said)
+    bound = result["upper_bound"]
+    lower, upper = bound["interval"]
+    assert f"C_max {bound['c_max']}; interval [{lower}, {upper}]" in said
+    assert f"C_max is {bound['c_max']}, 95% interval [{lower}, {upper}]" in said
+    assert lower <= bound["c_max"] <= upper
+    for probe in bound["probes"]:
+        row = (
+            rf"\| +{probe['num_clusters']} \| {probe['ratio']:.4f} \| .* \| {probe['fidelity']} +\| +{probe['seed']} \|"
+        )
+        assert re.search(row, said), row
+    ((given, used),) = result["lower_bound"]["used"]
+    assert given == 250 and 2 <= used < 250 and f"at gamma 1 TEMI uses {used} clusters" in said
     for trial in result["trials"]:
         assert re.search(rf"{trial['num_clusters']} \| .*\| {trial['state']} ", said), trial
     assert re.search(rf"best C +{result['best']}\n", said)
@@ -104,7 +114,9 @@ def test_the_table_holds_the_trials_the_baselines_and_nothing_at_or_above_c_max(
     result = result_of(finished[0])
     temi = [trial for trial in result["trials"] if trial["grouping"] == "temi"]
     assert len({trial["num_clusters"] for trial in temi}) == len(temi) == 3
-    assert all(2 <= trial["num_clusters"] < result["c_max"] for trial in temi)
+    upper = result["upper_bound"]["interval"][1]
+    assert result["searched"] == [2, upper]
+    assert all(2 <= trial["num_clusters"] < upper for trial in temi)
     assert {t["grouping"]: t["state"] for t in result["trials"] if t["grouping"] != "temi"} == {
         "none": "complete", "labels": "complete",
     }  # fmt: skip
@@ -148,13 +160,15 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
 ) -> None:
     storage, _ = finished
     result = result_of(storage)
+    bound = result["upper_bound"]
     client = MlflowClient(tracking_uri=database_uri(storage))
     experiment = client.get_experiment_by_name("cedm_ray/digits")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_id for run in parents] == [result["run_id"]]
-    assert parents[0].info.status == "FINISHED" and parents[0].data.metrics["c_max"] == result["c_max"]
+    assert parents[0].info.status == "FINISHED" and parents[0].data.metrics["c_max"] == bound["c_max"]
+    assert [parents[0].data.metrics[f"c_max_{end}"] for end in ("lower", "upper")] == bound["interval"]
     children = [run for run in runs if run.data.tags.get("stage") == "granularity"]
     assert len(children) == len(result["trials"])
     for trial in result["trials"]:
@@ -168,12 +182,21 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
         assert run.data.tags["state"] == trial["state"] and run.data.tags["grouping"] == trial["grouping"]
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert "samples.png" in names and ("clustering" in names) == (trial["grouping"] != "none")
+        assert ("clusters.png" in names) == (trial["grouping"] != "none")
+        losses = client.get_metric_history(run.info.run_id, "head_loss")
+        assert [point.step for point in losses] == ([0, 1, 2, 3] if trial["grouping"] == "temi" else [])
     names = {file.path for file in client.list_artifacts(result["run_id"])}
-    assert {"score_by_clusters.png", "score_by_kimg.png", "trials.csv", "export"} <= names
+    assert {"score_by_clusters.png", "score_by_kimg.png", "upper_bound.png", "trials.csv", "export"} <= names
     probes = [run for run in runs if run.data.tags.get("stage") == "upper_bound"]
-    assert sorted(int(run.data.tags["C"]) for run in probes) == sorted(c for c, _ in result["probes"])
+    assert sorted(int(run.data.tags["C"]) for run in probes) == sorted(p["num_clusters"] for p in bound["probes"])
+    assert {"low", "full"} == {probe["fidelity"] for probe in bound["probes"]}
     for run in probes:
-        assert {"utilization_ratio", "num_used", "kl_from_uniform", "anmi", "accuracy"} <= set(run.data.metrics)
+        quality = {"utilization_ratio", "mean_utilization_ratio", "num_used", "kl_from_uniform", "anmi", "accuracy"}
+        assert quality <= set(run.data.metrics)
+        heads = client.get_metric_history(run.info.run_id, "head_utilization_ratio")
+        assert len(heads) == int(run.data.params["heads"])
+        assert abs(sum(h.value for h in heads) / len(heads) - run.data.metrics["mean_utilization_ratio"]) < 1e-9
+        assert "clusters.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
     assert 0.9 < parents[0].data.metrics["knn_accuracy_20"] < 1
 
 

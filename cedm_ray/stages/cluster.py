@@ -19,7 +19,7 @@ from cedm_ray.stages import RAY_ENVIRONMENT
 
 @dataclass(frozen=True)
 class Shares:
-    """What one training and one clustering take of the cluster, and how many trainings fit at once."""
+    """What one training and one clustering take of the cluster, and how many of each fit at once."""
 
     num_workers: int
     cpus_per_worker: float
@@ -27,6 +27,7 @@ class Shares:
     cpus_per_probe: float
     gpus_per_probe: float
     max_trials: int
+    max_probes: int
 
 
 def _free_port() -> int:
@@ -99,11 +100,14 @@ def shares(settings: ResourceSettings, total: dict[str, float]) -> Shares:
             f"{gpus_per_worker:g} GPU each, but the cluster has {cpus:g} CPU and {gpus:g} GPU in all; "
             f"lower --resources.num-workers or --resources.cpus-per-worker"
         )
+    cpus_per_probe, gpus_per_probe = min(settings.cpus_per_probe, cpus), min(1.0, gpus)
+    probes_fit = cpus / cpus_per_probe if not gpus else min(cpus / cpus_per_probe, gpus / gpus_per_probe)
     return Shares(
         num_workers=settings.num_workers,
         cpus_per_worker=settings.cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
-        cpus_per_probe=min(settings.cpus_per_probe, cpus),
-        gpus_per_probe=min(1.0, gpus),
+        cpus_per_probe=cpus_per_probe,
+        gpus_per_probe=gpus_per_probe,
         max_trials=int(fits),
+        max_probes=max(1, int(probes_fit)),
     )

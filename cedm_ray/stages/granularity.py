@@ -1,4 +1,4 @@
-"""The search over C in [2, C_max): Optuna proposes, Ray Train trains, ASHA stops, and the baselines run beside them."""
+"""The search over C below C_max: Optuna proposes, Ray Train trains, ASHA stops, and the baselines run beside them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.plan import Planner, TrialJob
+from cedm_ray.stages.probes import track_clustering
 from cedm_ray.stages.progress import duration
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
 from cedm_ray.stages.searchers import GranularitySearcher, RungScheduler, log_spaced, tune_domain
@@ -114,15 +115,20 @@ class Ledger:
         """How the clustering behind a trial uses its clusters and, where there are labels, agrees with them."""
         if job.condition is None:
             return {"num_used": 1.0, "utilization_ratio": 1.0, "kl_from_uniform": 0.0}
-        facts = Store(job.condition.parents[2]).facts(job.condition.parent)
+        return {name: float(value) for name, value in Ledger._facts(job.condition)["quality"].items()}
+
+    @staticmethod
+    def _facts(condition: Path) -> dict[str, Any]:
+        """The facts of a stored clustering."""
+        facts = Store(condition.parents[2]).facts(condition.parent)
         if facts is None:
-            raise RuntimeError(f"{job.condition.parent} is not whole; remove that folder and run again")
-        return {name: float(value) for name, value in facts["quality"].items()}
+            raise RuntimeError(f"{condition.parent} is not whole; remove that folder and run again")
+        return facts
 
     def _artifacts(self, job: TrialJob, record: TrialRecord) -> None:
         run = self._run(job)
         if job.condition is not None and job.condition.is_file():
-            self._tracker.artifact(run, job.condition, "clustering")
+            track_clustering(self._tracker, run, job.condition, self._facts(job.condition))
         newest = record.rungs[-1].get("checkpoint_path") if record.rungs else None
         if newest and (Path(newest) / SAMPLES_FILE).is_file():
             self._tracker.artifact(run, Path(newest) / SAMPLES_FILE)
@@ -184,13 +190,13 @@ class Outlook:
         return said
 
 
-def search_granularity(ctx: Context, ledger: Ledger, c_max: int | None, embeddings: Embeddings) -> list[TrialRecord]:
-    """Train C-EDM for numbers of clusters in [2, c_max) and for the baselines; what is done already is not repeated.
+def search_granularity(ctx: Context, ledger: Ledger, points: range, embeddings: Embeddings) -> list[TrialRecord]:
+    """Train C-EDM for numbers of clusters and for the baselines; what is done already is not repeated.
 
     Args:
         ctx: The search.
         ledger: Where trials are written down.
-        c_max: The upper bound, excluded; None where the grouping has no C to search over.
+        points: Numbers of clusters to search over; empty where the grouping has no C to search over.
         embeddings: The embeddings and their neighbours.
 
     Returns:
@@ -201,9 +207,7 @@ def search_granularity(ctx: Context, ledger: Ledger, c_max: int | None, embeddin
     over = [record for record in ledger.records if record.over and record.state != "failed"]
     fixed = ledger.planner.fixed()
     missing = [params for params in fixed if params not in [record.params for record in over]]
-    known = [record for record in over if record.grouping == grouping] if c_max is not None else []
-    # Without a C to search over there is none in [2, 2): only what is fixed is trained.
-    points = range(2, c_max or 2)
+    known = [record for record in over if record.grouping == grouping] if points else []
     num_trials = settings.num_trials if config.space else min(settings.num_trials, len(points))
     if len(known) < num_trials or missing:
         searcher = _searcher(ctx, ledger, points, num_trials, missing, known)
@@ -216,7 +220,7 @@ def search_granularity(ctx: Context, ledger: Ledger, c_max: int | None, embeddin
         scheduler.recall(known)
         concurrent = min(shares.max_trials, settings.max_concurrent or shares.max_trials)
         outlook = Outlook(ledger, num_trials + len(fixed))
-        title = "training on the given groups" if c_max is None else f"searching over C in [2, {c_max})"
+        title = f"searching over C in [{points.start}, {points.stop})" if points else "training on the given groups"
         with ctx.terminal.stage(title, ctx.board, outlook):
             limited = ConcurrencyLimiter(searcher, concurrent)
             tune_trials(ctx, ledger, "granularity", embeddings, searcher=limited, scheduler=scheduler)
@@ -239,10 +243,10 @@ def _searcher(
         if points and record.state in ("running", "failed") and record.grouping == config.grouping
     ]
     others = {path: _at(config, path) for path in config.space}
-    stop = max(points.stop, 3)
-    spaced = [{"num_clusters": c, **others} for c in log_spaced(2, stop, config.granularity.startup_trials)]
+    first, stop = (points.start, points.stop) if points else (2, 3)
+    spaced = [{"num_clusters": c, **others} for c in log_spaced(first, stop, config.granularity.startup_trials)]
     return GranularitySearcher(
-        {"num_clusters": ray.tune.lograndint(2, stop), **{k: tune_domain(d) for k, d in config.space.items()}},
+        {"num_clusters": ray.tune.lograndint(first, stop), **{k: tune_domain(d) for k, d in config.space.items()}},
         design=[*unfinished, *(params for params in spaced if params not in unfinished)],
         baselines=missing,
         known=known,

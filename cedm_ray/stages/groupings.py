@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -17,14 +17,15 @@ from cedm_ray.clustering.assignments_file import read_assignments
 from cedm_ray.clustering.clustering_io import save_clustering
 from cedm_ray.clustering.kmeans import fit_kmeans
 from cedm_ray.clustering.labels import from_labels
-from cedm_ray.clustering.temi import TemiSettings, fit_temi
+from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
 from cedm_ray.clustering.types import Clustering
 from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
-from cedm_ray.data.pack import load_packed
+from cedm_ray.data.pack import PackedImages, load_packed
 from cedm_ray.features.backbones import BackboneSpec, check_backbone
 from cedm_ray.features.neighbors import faiss_device
 from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
+from cedm_ray.report.mosaic import cluster_mosaic
 from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.context import Context
@@ -35,6 +36,7 @@ from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import file_sha256
 
 CLUSTERING_FILE = "clustering.safetensors"
+MOSAIC_FILE = "clusters.png"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ class ClusteringJob:
     def file(self) -> Path:
         return self.path / CLUSTERING_FILE
 
+    @property
+    def terms(self) -> str:
+        """What tells it from others of the same C: heads and seed, and gamma where it is not the usual one."""
+        if self.grouping == "kmeans":
+            return f"seed {self.seed}"
+        gamma = "" if self.settings.gamma == TemiSettings.gamma else f"gamma {self.settings.gamma:g}, "
+        return f"{gamma}{self.settings.num_heads} heads, seed {self.seed}"
+
 
 def clustering_job(
     config: SearchConfig, embedding_inputs: Mapping[str, Any], images: Path, num_clusters: int, store: Store
@@ -64,7 +74,7 @@ def clustering_job(
     if config.grouping == "kmeans":
         inputs["kmeans"] = 1  # to be raised when the same embeddings become other clusters
     else:
-        inputs |= {"k": config.num_neighbors, "temi": asdict(config.temi)}
+        inputs |= {"k": config.num_neighbors, "temi": asdict(config.temi), "trainer": 2}  # to be raised likewise
     path = store.path("clusterings", inputs)
     grouping: Grouping = "kmeans" if config.grouping == "kmeans" else "temi"
     return ClusteringJob(grouping, num_clusters, config.temi, config.seed, images, inputs, path)
@@ -89,51 +99,65 @@ def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -
     threads = max(1, round(cpus))
     torch.set_num_threads(threads)
     started_s = time.monotonic()
+    heads: list[float] = []
     if job.grouping == "kmeans":
         clustering = fit_kmeans(
             embeddings.values, job.num_clusters, seed=job.seed, threads=threads, use_gpu=faiss_device() == "cuda"
         )
     else:
-        clustering = _temi(job, embeddings, board)
-    labels = load_packed(job.images).class_labels
-    return keep(clustering, job.path, job.inputs, store, labels, seconds=time.monotonic() - started_s)
+        clustering, heads = _temi(job, embeddings, board)
+    packed = load_packed(job.images)
+    seconds = time.monotonic() - started_s
+    return keep(clustering, job.path, job.inputs, store, packed, head_utilization=heads, seconds=seconds)
 
 
-def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> Clustering:
+def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> tuple[Clustering, list[float]]:
+    """A TEMI clustering, and the utilization ratio of each of its heads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     beat = Beat(board, str(job.path), f"clustering into {job.num_clusters}", job.settings.epochs, "epochs")
     try:
-        return fit_temi(
-            np.array(embeddings.values),
-            np.array(embeddings.neighbors),
-            job.num_clusters,
-            job.settings,
-            seed=job.seed,
-            device=device,
-            on_progress=lambda progress: beat(progress.epoch),
+        trainer = TemiTrainer(
+            embeddings.values, embeddings.neighbors, job.num_clusters, job.settings, seed=job.seed, device=device
         )
+        for progress in trainer.epochs():
+            beat(progress.epoch)
+        return trainer.clustering(), trainer.head_utilization().tolist()
     finally:
         beat.close()
 
 
 def keep(
-    clustering: Clustering, path: Path, inputs: dict[str, Any], store: Store, labels: np.ndarray | None, **more: Any
+    clustering: Clustering,
+    path: Path,
+    inputs: dict[str, Any],
+    store: Store,
+    packed: PackedImages,
+    *,
+    head_utilization: Sequence[float] = (),
+    **more: Any,
 ) -> dict[str, Any]:
-    """Put a clustering into the store with its quality; returns its facts.
+    """Put a clustering into the store with its quality and a mosaic of its images; returns its facts.
 
     Labels only measure: nothing of a search reads ``quality`` but the log.
     """
-    quality = clustering_quality(clustering, labels)
+    quality = clustering_quality(clustering, packed.class_labels)
+    metrics = quality.metrics()
+    if head_utilization:
+        metrics["mean_utilization_ratio"] = statistics.fmean(head_utilization)
     facts = {
         "num_clusters": clustering.num_clusters,
         "num_used": quality.num_used,
         "utilization_ratio": quality.utilization_ratio,
         "best_head": clustering.best_head,
-        "quality": quality.metrics(),
+        "quality": metrics,
+        "head_utilization": list(head_utilization),
+        "head_losses": clustering.head_losses.tolist(),
         **more,
     }
     with store.create(path, inputs, facts) as scratch:
         save_clustering(clustering, scratch / CLUSTERING_FILE)
+        mosaic = cluster_mosaic(packed.images, clustering.assignments, num_clusters=clustering.num_clusters)
+        mosaic.save(scratch / MOSAIC_FILE)
     return facts
 
 
@@ -174,7 +198,7 @@ def _given(ctx: Context, what: dict[str, Any], clustering: Clustering) -> GivenG
     inputs = {"images": ctx.packed.facts.pixels_sha256, **what}
     path = ctx.store.path("clusterings", inputs)
     if ctx.store.facts(path) is None:
-        keep(clustering, path, inputs, ctx.store, ctx.packed.class_labels)
+        keep(clustering, path, inputs, ctx.store, ctx.packed)
     return GivenGrouping(clustering.num_clusters, path / CLUSTERING_FILE, inputs)
 
 

@@ -12,6 +12,7 @@ from cedm_ray.stages.embed import Embeddings, embed, find_neighbors
 from cedm_ray.stages.final import train_final
 from cedm_ray.stages.granularity import Ledger, best_of, search_granularity
 from cedm_ray.stages.groupings import given_groupings
+from cedm_ray.stages.lower_bound import LowerBound, find_lower_bound
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.result import SearchResult, write_result
 from cedm_ray.stages.scoring import prepare_scoring
@@ -36,8 +37,11 @@ def find_visual_groups(ctx: Context) -> SearchResult:
         scoring = prepare_scoring(ctx, embeddings)
     with terminal.stage("preparing the groups to compare with", board):
         given = given_groupings(ctx)
-    bound = _bound(ctx, embeddings)
-    c_max = None if bound is None else bound.c_max
+    upper = _upper_bound(ctx, embeddings)
+    lower = _lower_bound(ctx, embeddings, upper)
+    points = range(0) if upper is None else range(2, upper.end)
+    if lower is not None and config.bound.from_lower:
+        points = range(lower.start, points.stop)
     planner = Planner(
         config=config,
         store=ctx.store,
@@ -48,7 +52,7 @@ def find_visual_groups(ctx: Context) -> SearchResult:
         scoring=scoring,
     )
     ledger = Ledger(ctx, planner)
-    records = search_granularity(ctx, ledger, c_max, embeddings)
+    records = search_granularity(ctx, ledger, points, embeddings)
     best = best_of(records, config.granularity.total_kimg, config.grouping)
     if best is None:
         raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
@@ -63,9 +67,9 @@ def find_visual_groups(ctx: Context) -> SearchResult:
         num_images=config.score.num_images,
         total_kimg=config.granularity.total_kimg,
         cutoff=config.bound.cutoff,
-        c_max=c_max,
-        outcome=bound.outcome if bound else "given",
-        probes=bound.probes if bound else (),
+        upper_bound=upper,
+        lower_bound=lower,
+        searched=(points.start, points.stop) if points else None,
         trials=tuple(ledger.records),
         best=best.num_clusters,
         final=final,
@@ -88,13 +92,22 @@ def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:
     ctx.terminal.line(f"the embeddings' {votes} nearest neighbours name {accuracy:.1%} of the labels")
 
 
-def _bound(ctx: Context, embeddings: Embeddings) -> UpperBound | None:
+def _upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound | None:
     """C_max where C is searched over."""
     config, terminal = ctx.config, ctx.terminal
     if config.grouping not in SEARCHED:
         return None
     with terminal.stage(f"searching C_max: the first C with r_C at or below {config.bound.cutoff:g}", ctx.board):
         bound = find_upper_bound(ctx, embeddings)
-    said = "as given" if bound.outcome == "given" else f"probes: {len(bound.probes)}"
-    terminal.line(f"C_max is {bound.c_max} ({said})", style="bold")
+    terminal.line(bound.sentence(config.temi.num_heads * config.temi.epochs), style="bold")
     return bound
+
+
+def _lower_bound(ctx: Context, embeddings: Embeddings, upper: UpperBound | None) -> LowerBound | None:
+    """The paper's lower bound, where it is asked for."""
+    if upper is None or not ctx.config.bound.lower:
+        return None
+    with ctx.terminal.stage("searching the lower bound: the clusters that are used at gamma 1", ctx.board):
+        found = find_lower_bound(ctx, embeddings, upper.end)
+    ctx.terminal.line(found.sentence(), style="bold")
+    return found

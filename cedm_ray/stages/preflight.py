@@ -35,7 +35,9 @@ def check_inputs(config: SearchConfig, source: ImageSource) -> None:
     _check_scores(config, source)
     if config.num_neighbors >= num_images:
         raise UserError(f"num_neighbors is {config.num_neighbors}; it must be below {num_images}, the number of images")
-    for name, value in (("c_start", config.bound.c_start), ("c_max", config.bound.c_max)):
+    bound = config.bound
+    given = [("c_start", bound.c_start), ("c_max", bound.c_max), *(("lower_clusters", c) for c in bound.lower_clusters)]
+    for name, value in given:
         if value is not None and value > num_images:
             raise UserError(f"bound.{name} is {value}; it must be at most the number of images ({num_images})")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,16 @@ from rich.markup import escape
 
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.scores import Score, series_name
+from cedm_ray.report.bound_figure import FittedCurve
 from cedm_ray.report.figures import curves_figure, score_figure
 from cedm_ray.report.rows import Curve, Row
 from cedm_ray.report.tables import probes_table, scores_table, to_csv, to_markdown, trials_table
+from cedm_ray.stages.lower_bound import LowerBound
+from cedm_ray.stages.probes import ProbeRecord
 from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.score_rows import score_row
 from cedm_ray.stages.store import read_json, write_json
+from cedm_ray.stages.upper_bound import UpperBound
 
 if TYPE_CHECKING:
     from cedm_ray.stages.context import Context
@@ -45,10 +49,11 @@ class SearchResult:
     """Generated images behind each score of the search."""
     total_kimg: int
     cutoff: float
-    c_max: int | None
-    """The upper bound of C; None where C was not searched over."""
-    outcome: str
-    probes: tuple[tuple[int, float], ...]
+    upper_bound: UpperBound | None
+    """C_max; None where C was not searched over."""
+    lower_bound: LowerBound | None
+    searched: tuple[int, int] | None
+    """C was searched over from the first of these to below the second."""
     trials: tuple[TrialRecord, ...]
     best: int
     """The number of clusters with the lowest score: the visual groups, C_V."""
@@ -74,8 +79,20 @@ class SearchResult:
                 )
             )
         if probes:
-            found += [Row(c, ratio, 0, None, "probe", self.grouping) for c, ratio in self.probes]
+            found += self.probe_rows()
         return found
+
+    def probe_rows(self) -> list[Row]:
+        """One row per probe of the search for C_max."""
+        probes = self.upper_bound.probes if self.upper_bound else ()
+        return [
+            Row(p.num_clusters, p.ratio, 0, None, "probe", self.grouping, fidelity=p.fidelity, seed=p.seed)
+            for p in probes
+        ]
+
+    @property
+    def c_max(self) -> int | None:
+        return None if self.upper_bound is None else self.upper_bound.c_max
 
     def baselines(self) -> dict[str, float]:
         """Scores of the trainings without clusters, at the budget of the search."""
@@ -109,8 +126,10 @@ class SearchResult:
     def track(self, tracker: Tracker) -> None:
         """Tell MLflow's parent run: the figures of the search, the tables and the pictures."""
         found: dict[str, float] = {"best_num_clusters": self.best, "final_kimg": self.final.kimg}
-        if self.c_max is not None:
-            found["c_max"] = self.c_max
+        if self.upper_bound is not None:
+            found["c_max"] = self.upper_bound.c_max
+            if self.upper_bound.interval is not None:
+                found["c_max_lower"], found["c_max_upper"] = self.upper_bound.interval
         for score in self.scores():
             # The distances' names say their detector; others are of one detector among several.
             own = metric_name(score.detector) == score.metric
@@ -123,8 +142,9 @@ class SearchResult:
         for row in self.rows(probes=False):
             if row.grouping == self.grouping and row.score is not None:
                 tracker.points(self.run_id, {series: row.score}, step=row.num_clusters)
-        for num_clusters, ratio in self.probes:
-            tracker.points(self.run_id, {"utilization_ratio_by_clusters": ratio}, step=num_clusters)
+        for probe in self.upper_bound.probes if self.upper_bound else ():
+            name = "utilization_ratio_by_clusters" + ("" if probe.fidelity == "full" else "_low_fidelity")
+            tracker.points(self.run_id, {name: probe.ratio}, step=probe.num_clusters)
         for name in ("score_by_clusters.png", "score_by_kimg.png", "trials.csv"):
             tracker.artifact(self.run_id, Path(self.folder) / name)
         for file in sorted(Path(self.final.export).iterdir()):
@@ -140,8 +160,8 @@ class SearchResult:
         """The result in words."""
         what = (
             f"Trained on {self.grouping} ({self.best} groups)"
-            if self.c_max is None
-            else f"The best of the tried numbers of clusters in [2, {self.c_max}) is {self.best}"
+            if self.searched is None
+            else f"The best of the tried numbers of clusters in [{self.searched[0]}, {self.searched[1]}) is {self.best}"
         )
         return (
             f"{what}: {self.metric} {self.final.mean:.4g} +- {self.final.std:.2g} at {self.final.kimg:,} kimg "
@@ -167,17 +187,35 @@ def read_result(folder: Path) -> SearchResult | None:
     if tree is None:
         return None
     tree["trials"] = tuple(TrialRecord(**{**trial, "rungs": tuple(trial["rungs"])}) for trial in tree["trials"])
-    tree["probes"] = tuple((c, ratio) for c, ratio in tree["probes"])
+    tree["upper_bound"] = None if tree["upper_bound"] is None else _upper_bound(tree["upper_bound"])
+    tree["lower_bound"] = None if tree["lower_bound"] is None else LowerBound(_tuples(tree["lower_bound"]["used"]))
     return SearchResult(**{**tree, "final": FinalScore(**tree["final"])})
+
+
+def _upper_bound(tree: Mapping[str, Any]) -> UpperBound:
+    probes, curve, interval = tree["probes"], tree["curve"], tree["interval"]
+    return UpperBound(
+        **{
+            **tree,
+            "interval": None if interval is None else tuple(interval),
+            "probes": tuple(ProbeRecord(**probe) for probe in probes),
+            "curve": None if curve is None else FittedCurve(**{name: tuple(line) for name, line in curve.items()}),
+        }
+    )
+
+
+def _tuples(pairs: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((first, second) for first, second in pairs)
 
 
 def show(result: SearchResult, console: Console) -> None:
     """Print what a search found."""
-    if result.probes:
-        probes = [Row(c, ratio, 0, None, "probe") for c, ratio in result.probes]
+    upper = result.upper_bound
+    if upper is not None and upper.probes:
+        rows = result.probe_rows()
         console.print()
-        console.print(probes_table(probes, utilization_cutoff=result.cutoff, c_max=result.c_max))
-    if result.outcome == "capped":
+        console.print(probes_table(rows, utilization_cutoff=result.cutoff, c_max=upper.c_max, interval=upper.interval))
+    if upper is not None and upper.outcome == "capped":
         console.print("Even one cluster per image would be used well: C_max is the number of images.")
     console.print()
     console.print(trials_table(result.rows(probes=False), result.metric, result.best, result.grouping))
@@ -196,6 +234,7 @@ def show(result: SearchResult, console: Console) -> None:
         ),
     ]
     lines += [
+        *((("lower bound", result.lower_bound.sentence()),) if result.lower_bound else ()),
         ("final", result.sentence()),
         (
             "score",

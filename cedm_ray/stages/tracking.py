@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,13 @@ class Tracker:
         """Log metrics at a step of their own."""
         now_ms = int(time.time() * 1000)
         self._client.log_batch(run_id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
+
+    def series(self, run_id: str, name: str, values: Sequence[float]) -> None:
+        """Log one metric at the steps 0, 1, ..., once: where the run has it already, it is left out."""
+        if values and not self._client.get_metric_history(run_id, name):
+            now_ms = int(time.time() * 1000)
+            points = [Metric(name, float(value), now_ms, step) for step, value in enumerate(values)]
+            self._client.log_batch(run_id, metrics=points)
 
     def artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Add a file to a run."""

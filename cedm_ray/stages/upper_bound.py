@@ -1,187 +1,152 @@
-"""C_max by clustering alone: Tune runs TEMI trials that a pure ask/tell search proposes."""
+"""C_max by clustering alone: the search, told what is stored, goes on; what it found is kept and drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import ray
-import ray.tune
-from ray.tune.search import Searcher
+import numpy as np
 
+from cedm_ray.clustering.paper_rule import PaperRule
+from cedm_ray.clustering.probes import BoundSearch
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
-from cedm_ray.config import KMEANS_HAS_NO_BOUND, SearchConfig
+from cedm_ray.config import KMEANS_HAS_NO_BOUND
 from cedm_ray.errors import UserError
-from cedm_ray.stages import groupings
-from cedm_ray.stages.board import Board
+from cedm_ray.report.bound_figure import FittedCurve, ProbePoint, bound_figure
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.groupings import ClusteringJob, clustering_job
-from cedm_ray.stages.store import Store, write_json
+from cedm_ray.stages.probes import ProbeJobs, ProbeRecord, probes_at_once, run_probes, tell_probe
+from cedm_ray.stages.store import write_json
 
-MAX_RETRIES = 2
+FIGURE = "upper_bound.png"
+_CURVE_POINTS = 80
 
 
 @dataclass(frozen=True)
 class UpperBound:
-    """What clustering alone says: no C at or above ``c_max`` is worth training."""
+    """What clustering alone says: no C at or above ``end`` is worth training."""
 
     c_max: int
+    interval: tuple[int, int] | None
+    """Where C_max lies, with the probability ``confidence``; with the paper's rule its last bracket; None where C_max
+    is given."""
+    confidence: float | None
     outcome: str
-    """``found``, ``capped`` where even the largest number of clusters is used well, or ``given`` by the settings."""
-    probes: tuple[tuple[int, float], ...]
-    """Readings (C, r_C) in the order in which they came."""
+    """``found``, ``out_of_probes`` where the interval is wider than wanted, ``capped`` where even the largest number of
+    clusters is used well, or ``given`` by the settings."""
+    probes: tuple[ProbeRecord, ...] = ()
+    """In the order in which they came."""
+    curve: FittedCurve | None = None
+    """The fitted mean of r_C."""
 
+    @property
+    def end(self) -> int:
+        """C is searched below this: the upper end of the interval."""
+        return self.c_max if self.interval is None else max(self.c_max, self.interval[1])
 
-class ProbeSearcher(Searcher):
-    """Lets an :class:`UpperBoundSearch` propose the trials of a Tune run.
+    def sentence(self, full_work: int) -> str:
+        """In words.
 
-    Args:
-        search: The search; what it is told here it knows afterwards.
-    """
-
-    def __init__(self, search: UpperBoundSearch) -> None:
-        super().__init__(metric="utilization_ratio", mode="max")
-        self.search = search
-        self._asked: dict[str, int] = {}
-        self._again: list[int] = []
-        self.failures = 0
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        num_clusters = self._again.pop() if self._again else self.search.ask()
-        if num_clusters is None:
-            over = self.search.done or self.failures > MAX_RETRIES
-            return Searcher.FINISHED if over and not self._asked else None
-        self._asked[trial_id] = num_clusters
-        return {"num_clusters": num_clusters}
-
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        num_clusters = self._asked.pop(trial_id, None)
-        if num_clusters is None:
-            return
-        if result and not error:
-            self.search.tell(num_clusters, result["utilization_ratio"])
-            return
-        self.failures += 1
-        if self.failures <= MAX_RETRIES:
-            self._again.append(num_clusters)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the readings are in the store, and a new search is told them."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see :meth:`save`."""
-
-
-def run_probe(config: Mapping[str, Any], jobs: Any, embeddings: Embeddings, cpus: float, board: Board) -> None:
-    """The Tune function of a probe: fit (or find) one clustering and report its r_C."""
-    job: ClusteringJob = jobs(config["num_clusters"])
-    facts = groupings.fit(job, embeddings, cpus, board)
-    names = ("utilization_ratio", "num_used", "num_clusters", "seconds", "quality")
-    ray.tune.report({name: facts[name] for name in names})
-
-
-@dataclass(frozen=True)
-class ProbeJobs:
-    """Gives the clustering job of a number of clusters; small enough to travel to every trial."""
-
-    config: SearchConfig
-    embedding_inputs: dict[str, Any]
-    images: Path
-    store: Store
-
-    def __call__(self, num_clusters: int) -> ClusteringJob:
-        return clustering_job(self.config, self.embedding_inputs, self.images, num_clusters, self.store)
-
-
-class ProbeCallback(DriverCallback):
-    """Tells the terminal and MLflow of every probe."""
-
-    def __init__(self, ctx: Context, jobs: ProbeJobs) -> None:
-        self._ctx, self._jobs = ctx, jobs
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        tell_probe(self._ctx, self._jobs, trial.last_result)
-
-
-def tell_probe(ctx: Context, jobs: ProbeJobs, facts: Mapping[str, Any]) -> None:
-    """One line on the terminal and one child run in MLflow for a probe that is done."""
-    num_clusters, ratio, cutoff = int(facts["num_clusters"]), float(facts["utilization_ratio"]), ctx.config.bound.cutoff
-    side = "above" if ratio > cutoff else "at or below"
-    ctx.terminal.line(f"  C={num_clusters}: {facts['num_used']} clusters used, r_C {ratio:.4f}, {side} {cutoff:g}")
-    job, tracker = jobs(num_clusters), ctx.tracker
-    run = tracker.child(
-        f"probe/{job.path.name}",
-        f"probe C={num_clusters}",
-        {"num_clusters": num_clusters, "seed": job.seed},
-        {"stage": "upper_bound", "C": num_clusters, "grouping": job.grouping},
-    )
-    tracker.metrics(run, {**facts["quality"], "seconds": facts["seconds"]}, kimg=0)
-    tracker.artifact(run, job.file, "clustering")
-    tracker.end(run, "complete")
+        Args:
+            full_work: Epochs times heads of a full probe.
+        """
+        if self.interval is None:
+            return f"C_max is {self.c_max} (as given)"
+        low, high = self.interval
+        sure = "" if self.confidence is None else f"{self.confidence:.0%} "
+        cost = sum(probe.work for probe in self.probes) / full_work
+        wide = ", wider than wanted: bound.max-probes are spent" if self.outcome == "out_of_probes" else ""
+        return (
+            f"C_max is {self.c_max}, {sure}interval [{low}, {high}]{wide} "
+            f"(probes: {len(self.probes)}, the work of {cost:.3g} full ones)"
+        )
 
 
 def find_upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound:
     """Find C_max; probes whose clustering is stored are read, not run.
 
     Args:
-        ctx: The search; ``upper_bound.json`` goes into its folder.
+        ctx: The search; ``upper_bound.json`` and ``upper_bound.png`` go into its folder.
         embeddings: The embeddings and their neighbours.
 
     Raises:
         UserError: If no number of clusters is left to train, or if the grouping has no such bound.
     """
-    if ctx.config.bound.c_max is not None:
-        return UpperBound(ctx.config.bound.c_max, "given", ())
+    settings = ctx.config.bound
+    if settings.c_max is not None:
+        return UpperBound(settings.c_max, None, None, "given")
     if ctx.config.grouping == "kmeans":
         raise UserError(KMEANS_HAS_NO_BOUND)
     jobs = ProbeJobs(ctx.config, embeddings.inputs, ctx.images, ctx.store)
     search = _told(ctx, jobs)
     if not search.done:
-        searcher = ProbeSearcher(search)
-        _run(ctx, searcher, jobs, embeddings)
-        if not search.done:
-            raise RuntimeError(f"clustering failed {searcher.failures} times; see {ctx.folder / 'ray'} for the reason")
-    if search.c_max is None or search.outcome == "empty":
+        run_probes(ctx, search, jobs, embeddings, ctx.folder / "ray")
+    upper = search.interval[1]
+    if search.c_max is None or search.outcome == "empty" or upper == 2:
         raise UserError(
             f"even 2 clusters are not all used (r_C at or below bound.cutoff {search.cutoff:g}): "
             f"these embeddings hold no groups; try another --backbone"
         )
-    found = UpperBound(search.c_max, search.outcome, tuple(search.probes))
-    write_json(ctx.folder / "upper_bound.json", asdict(found))
+    found = UpperBound(
+        search.c_max,
+        (search.interval[0], search.c_max if upper is None else upper),
+        settings.confidence if isinstance(search, UpperBoundSearch) else None,
+        search.outcome,
+        tuple(jobs.record(reading.probe, reading.ratio) for reading in search.readings),
+        _curve(search) if isinstance(search, UpperBoundSearch) else None,
+    )
+    _keep(ctx, found)
     return found
 
 
-def _told(ctx: Context, jobs: ProbeJobs) -> UpperBoundSearch:
-    """A search that knows every stored reading that it would ask for."""
+def _search(ctx: Context, jobs: ProbeJobs) -> BoundSearch:
     settings, largest = ctx.config.bound, len(ctx.packed)
-    rehearsal, search = (
-        UpperBoundSearch(settings.c_start, settings.cutoff, resolution=settings.resolution, max_clusters=largest)
-        for _ in range(2)
+    if settings.rule == "paper":
+        return PaperRule(settings.c_start, settings.cutoff, resolution=settings.resolution, max_clusters=largest)
+    return UpperBoundSearch(
+        settings.c_start,
+        settings.cutoff,
+        max_clusters=largest,
+        precision=settings.precision,
+        resolution=settings.resolution,
+        confidence=settings.confidence,
+        max_probes=settings.max_probes,
+        low_spread=settings.low_spread if jobs.has_low else None,
     )
-    while (num_clusters := rehearsal.ask()) is not None:
-        facts = ctx.store.facts(jobs(num_clusters).path)
-        if facts is None:
+
+
+def _told(ctx: Context, jobs: ProbeJobs) -> BoundSearch:
+    """A search that knows every stored reading of the rounds that it would ask for."""
+    rehearsal, search = _search(ctx, jobs), _search(ctx, jobs)
+    while probes := rehearsal.ask(probes_at_once(ctx)):
+        stored = {probe: facts for probe in probes if (facts := ctx.store.facts(jobs(probe).path)) is not None}
+        if len(stored) < len(probes):
             break
-        for each in (rehearsal, search):
-            each.tell(num_clusters, facts["utilization_ratio"])
-        tell_probe(ctx, jobs, facts)
+        for probe, facts in stored.items():
+            for each in (rehearsal, search):
+                each.tell(probe, jobs.reading(facts))
+            tell_probe(ctx, jobs(probe), facts, "upper_bound")
     return search
 
 
-def _run(ctx: Context, searcher: ProbeSearcher, jobs: ProbeJobs, embeddings: Embeddings) -> None:
-    cpus, gpus = ctx.shares.cpus_per_probe, ctx.shares.gpus_per_probe
-    probe = ray.tune.with_parameters(run_probe, jobs=jobs, embeddings=embeddings, cpus=cpus, board=ctx.board)
-    ray.tune.Tuner(
-        ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
-        tune_config=ray.tune.TuneConfig(search_alg=searcher, num_samples=-1),
-        run_config=ray.tune.RunConfig(
-            name="upper_bound",
-            storage_path=str(ctx.folder / "ray"),
-            verbose=0,
-            callbacks=[ProbeCallback(ctx, jobs)],
-        ),
-    ).fit()
+def _curve(search: UpperBoundSearch) -> FittedCurve:
+    """The fit over the numbers of clusters that were tried, and a little beyond."""
+    tried = [reading.probe.num_clusters for reading in search.readings]
+    clusters = np.geomspace(max(2, min(tried) / 1.5), max(tried) * 1.5, _CURVE_POINTS)
+    low, middle, high = (tuple(float(ratio) for ratio in line) for line in search.curve(clusters))
+    return FittedCurve(tuple(float(c) for c in clusters), middle, low, high)
+
+
+def _keep(ctx: Context, found: UpperBound) -> None:
+    """The result as JSON, as a picture and in MLflow's parent run."""
+    write_json(ctx.folder / "upper_bound.json", asdict(found))
+    points = [ProbePoint(probe.num_clusters, probe.ratio, probe.fidelity) for probe in found.probes]
+    figure = bound_figure(
+        points,
+        curve=found.curve,
+        cutoff=ctx.config.bound.cutoff,
+        c_max=found.c_max,
+        interval=found.interval,
+        confidence=found.confidence,
+    )
+    figure.savefig(ctx.folder / FIGURE, dpi=120)
+    ctx.tracker.artifact(ctx.tracker.parent_id, ctx.folder / FIGURE)

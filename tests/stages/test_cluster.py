@@ -8,6 +8,8 @@ from cedm_ray.stages.cluster import shares
 def test_as_many_trials_run_at_once_as_whole_worker_groups_fit() -> None:
     settings = ResourceSettings(num_workers=2, cpus_per_worker=1.0)
     assert shares(settings, {"CPU": 2.0}).max_trials == 1
+    assert [shares(settings, {"CPU": cpus}).max_probes for cpus in (2.0, 3.0, 64.0)] == [1, 1, 32]
+    assert shares(settings, {"CPU": 64.0, "GPU": 6.0}).max_probes == 6
     assert shares(settings, {"CPU": 9.0}).max_trials == 4
     gpus = shares(settings, {"CPU": 64.0, "GPU": 6.0})
     assert (gpus.max_trials, gpus.gpus_per_worker, gpus.gpus_per_probe) == (3, 1.0, 1.0)

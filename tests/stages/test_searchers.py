@@ -7,10 +7,12 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from cedm_ray.clustering.paper_rule import PaperRule
+from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
+from cedm_ray.stages.probes import MAX_RETRIES, ProbeSearcher
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.searchers import GranularitySearcher, PruningOptunaSearch, RungScheduler, log_spaced
-from cedm_ray.stages.upper_bound import MAX_RETRIES, ProbeSearcher
 
 TOTAL = 8
 
@@ -140,8 +142,8 @@ def test_the_first_trial_and_the_baselines_run_to_the_end() -> None:
     assert not any(stops(scheduler, trial(1, "none"), kimg, 99.0) for kimg in (2, 4, 8))
 
 
-def probe_all(ratio: Any, failing: set[int] = frozenset()) -> tuple[UpperBoundSearch, list[int]]:  # type: ignore[assignment]
-    search = ProbeSearcher(UpperBoundSearch(10, 0.96, max_clusters=1000))
+def probe_all(ratio: Any, failing: set[int] = frozenset()) -> tuple[BoundSearch, list[int]]:  # type: ignore[assignment]
+    search = ProbeSearcher(PaperRule(10, 0.96, max_clusters=1000))
     asked: list[int] = []
     for number in range(100):
         params = search.suggest(str(number))
@@ -152,7 +154,7 @@ def probe_all(ratio: Any, failing: set[int] = frozenset()) -> tuple[UpperBoundSe
         asked.append(params["num_clusters"])
         fails = asked[-1] in failing
         failing = failing - {asked[-1]} if fails and len(failing) < 9 else failing
-        result = None if fails else {"utilization_ratio": ratio(asked[-1])}
+        result = None if fails else {"reading": ratio(asked[-1])}
         search.on_trial_complete(str(number), result, error=fails)
     return search.search, asked
 
@@ -167,6 +169,28 @@ def test_a_probe_that_fails_is_run_again_but_not_for_ever() -> None:
     assert search.c_max == 77 and asked.count(20) == 2
     search, asked = probe_all(lambda c: 1.0, failing=set(range(10, 20)))
     assert not search.done and asked == [10] * (MAX_RETRIES + 1)
+
+
+def test_the_next_round_is_asked_for_when_the_last_one_is_told_whatever_came_first() -> None:
+    orders = []
+    for backwards in (False, True):
+        searcher = ProbeSearcher(UpperBoundSearch(50, max_clusters=1000), at_once=3)
+        rounds: list[list[Probe]] = []
+        while True:
+            asked: dict[str, Probe] = {}
+            while isinstance(params := searcher.suggest(f"{len(rounds)}-{len(asked)}"), dict):
+                asked[f"{len(rounds)}-{len(asked)}"] = Probe(**params)
+            if not asked:
+                assert params == Searcher.FINISHED
+                break
+            assert params is None and len(asked) <= 3
+            rounds.append(list(asked.values()))
+            for trial_id in sorted(asked, reverse=backwards):
+                reading = max(0.1, 1 - 0.04 * asked[trial_id].num_clusters / 200)
+                searcher.on_trial_complete(trial_id, {"reading": reading})
+        assert searcher.search.done and len(rounds) > 1
+        orders.append(rounds)
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("kimg", [2, 4])

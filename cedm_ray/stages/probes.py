@@ -1,0 +1,200 @@
+"""Clusterings trained for the sake of their r_C: Tune runs what a pure ask/tell search proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.tune
+from ray.tune.search import Searcher
+
+from cedm_ray.clustering.probes import BoundSearch, Fidelity, Probe
+from cedm_ray.config import SearchConfig
+from cedm_ray.stages import groupings
+from cedm_ray.stages.board import Board
+from cedm_ray.stages.context import Context
+from cedm_ray.stages.driver_only import DriverCallback
+from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.groupings import MOSAIC_FILE, ClusteringJob, clustering_job
+from cedm_ray.stages.store import Store
+
+if TYPE_CHECKING:
+    from cedm_ray.stages.tracking import Tracker
+
+MAX_RETRIES = 2
+TOLD = ("utilization_ratio", "num_used", "seconds", "quality", "head_losses", "head_utilization")
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """A probe that is done."""
+
+    num_clusters: int
+    ratio: float
+    """Utilization ratio r_C: with the fit the mean over the heads, with the paper's rule that of the chosen head."""
+    fidelity: Fidelity
+    seed: int
+    num_heads: int
+    epochs: int
+
+    @property
+    def work(self) -> int:
+        """Epochs times heads that were trained."""
+        return self.epochs * self.num_heads
+
+
+@dataclass(frozen=True)
+class ProbeJobs:
+    """Gives the clustering job of a probe; small enough to travel to every trial."""
+
+    config: SearchConfig
+    embedding_inputs: dict[str, Any]
+    images: Path
+    store: Store
+
+    @property
+    def has_low(self) -> bool:
+        """Whether the cheap probes are cheaper than the full ones."""
+        low = self.config.bound.low_heads
+        return low is not None and low < self.config.temi.num_heads
+
+    def __call__(self, probe: Probe) -> ClusteringJob:
+        """The clustering of a probe; each repeat has the next seed, and the first full one is that of a trial."""
+        temi = self.config.temi
+        if probe.fidelity == "low" and self.config.bound.low_heads is not None:
+            temi = replace(temi, num_heads=self.config.bound.low_heads)
+        job = self.config.model_copy(update={"temi": temi, "seed": self.config.seed + probe.repeat})
+        return clustering_job(job, self.embedding_inputs, self.images, probe.num_clusters, self.store)
+
+    def reading(self, facts: Mapping[str, Any]) -> float:
+        """What the search is told of a clustering.
+
+        The heads of a training scatter as much as trainings do, and the chosen one is no different from the others in
+        how many clusters it uses: their mean says far more than it alone, which is what the paper's rule reads.
+        """
+        paper = self.config.bound.rule == "paper"
+        return float(facts["utilization_ratio"] if paper else facts["quality"]["mean_utilization_ratio"])
+
+    def record(self, probe: Probe, ratio: float) -> ProbeRecord:
+        job = self(probe)
+        settings = job.settings
+        return ProbeRecord(probe.num_clusters, ratio, probe.fidelity, job.seed, settings.num_heads, settings.epochs)
+
+
+class ProbeSearcher(Searcher):
+    """Lets a search for C_max propose the trials of a Tune run, in rounds.
+
+    The next round is asked for when the last one is told: what is proposed then depends on the readings alone, and not
+    on which of them came first.
+
+    Args:
+        search: The search; what it is told here it knows afterwards.
+        at_once: Probes that the cluster can run side by side.
+    """
+
+    def __init__(self, search: BoundSearch, at_once: int = 1) -> None:
+        super().__init__(metric="reading", mode="max")
+        self.search, self._at_once = search, at_once
+        self._asked: dict[str, Probe] = {}
+        self._round: list[Probe] = []
+        self.failures = 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        gives_up = self.failures > MAX_RETRIES
+        if not self._round and not self._asked and not gives_up:
+            self._round = self.search.ask(self._at_once)
+        if not self._round or gives_up:
+            return None if self._asked else Searcher.FINISHED
+        self._asked[trial_id] = self._round.pop(0)
+        return asdict(self._asked[trial_id])
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        probe = self._asked.pop(trial_id, None)
+        if probe is None:
+            return
+        if result and not error:
+            self.search.tell(probe, result["reading"])
+            return
+        self.failures += 1
+        self._round.append(probe)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the readings are in the store, and a new search is told them."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see :meth:`save`."""
+
+
+class ProbeCallback(DriverCallback):
+    """Tells the terminal and MLflow of every probe."""
+
+    def __init__(self, ctx: Context, jobs: ProbeJobs) -> None:
+        self._ctx, self._jobs = ctx, jobs
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        tell_probe(self._ctx, self._jobs(Probe(**trial.config)), trial.last_result, "upper_bound")
+
+
+def run_probe(config: Mapping[str, Any], jobs: ProbeJobs, embeddings: Embeddings, cpus: float, board: Board) -> None:
+    """The Tune function of a probe: fit (or find) one clustering and report its r_C."""
+    facts = groupings.fit(jobs(Probe(**config)), embeddings, cpus, board)
+    ray.tune.report({"reading": jobs.reading(facts), **{name: facts[name] for name in TOLD}})
+
+
+def run_probes(ctx: Context, search: BoundSearch, jobs: ProbeJobs, embeddings: Embeddings, folder: Path) -> None:
+    """Run probes until the search is done.
+
+    Raises:
+        RuntimeError: If clustering failed too often.
+    """
+    cpus, gpus, at_once = ctx.shares.cpus_per_probe, ctx.shares.gpus_per_probe, probes_at_once(ctx)
+    searcher = ProbeSearcher(search, at_once)
+    probe = ray.tune.with_parameters(run_probe, jobs=jobs, embeddings=embeddings, cpus=cpus, board=ctx.board)
+    ray.tune.Tuner(
+        ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
+        tune_config=ray.tune.TuneConfig(search_alg=searcher, num_samples=-1),
+        run_config=ray.tune.RunConfig(
+            name="upper_bound",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[ProbeCallback(ctx, jobs)],
+        ),
+    ).fit()
+    if not search.done:
+        raise RuntimeError(f"clustering failed {searcher.failures} times; see {folder} for the reason")
+
+
+def probes_at_once(ctx: Context) -> int:
+    """Probes in a round: what the cluster can run side by side, or what the settings allow."""
+    allowed = ctx.config.bound.max_concurrent or ctx.shares.max_probes
+    return min(allowed, ctx.shares.max_probes)
+
+
+def tell_probe(ctx: Context, job: ClusteringJob, facts: Mapping[str, Any], stage: str) -> None:
+    """One line on the terminal and one child run in MLflow for a clustering that is done."""
+    clusters, ratio = job.num_clusters, float(facts["utilization_ratio"])
+    mean = float(facts["quality"]["mean_utilization_ratio"])
+    said = f"  C={clusters}: {facts['num_used']} clusters used, r_C {ratio:.4f}, mean of the heads {mean:.4f}"
+    ctx.terminal.line(f"{said} ({job.terms})")
+    tracker, settings = ctx.tracker, job.settings
+    run = tracker.child(
+        f"probe/{job.path.name}",
+        f"{'probe' if stage == 'upper_bound' else 'lower bound'} C={clusters} ({job.terms})",
+        {"num_clusters": clusters, "seed": job.seed, "heads": settings.num_heads, "gamma": settings.gamma},
+        {"stage": stage, "C": clusters, "grouping": job.grouping},
+    )
+    tracker.metrics(run, {**facts["quality"], "seconds": facts["seconds"]}, kimg=0)
+    track_clustering(tracker, run, job.file, facts)
+    tracker.end(run, "complete")
+
+
+def track_clustering(tracker: Tracker, run: str, file: Path, facts: Mapping[str, Any]) -> None:
+    """A clustering in MLflow: the loss of each head, the assignments and the mosaic (an older entry may have none)."""
+    tracker.series(run, "head_loss", facts.get("head_losses", []))
+    tracker.series(run, "head_utilization_ratio", facts.get("head_utilization", []))
+    tracker.artifact(run, file, "clustering")
+    mosaic = file.with_name(MOSAIC_FILE)
+    if mosaic.is_file():
+        tracker.artifact(run, mosaic)
