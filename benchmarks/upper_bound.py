@@ -69,12 +69,24 @@ class Outcome:
 
 
 def table_case(path: Path) -> Case:
-    """The curve through a table of used clusters."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    points = sorted((int(c), int(used) / int(c)) for c, used in tree["used"].items())
+    """The curve through a table of used clusters.
+
+    Raises:
+        ValueError: If the file is no such table, or its curve never falls to the cutoff.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        points = sorted((int(c), int(used) / int(c)) for c, used in tree["used"].items())
+        largest = int(tree["images"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f'{path} is no table {{"images": N, "used": {{"C": clusters used}}}}: {error!r}') from error
+    if len(points) < 2 or not all(2 <= c <= largest and 0 < ratio <= 1 for c, ratio in points):
+        raise ValueError(f"{path} must hold two or more C in [2, {largest}], each with 1 to C clusters used")
     logs, ratios = np.log([c for c, _ in points]), np.array([ratio for _, ratio in points])
     true = _crossing(logs, isotonic_regression(ratios, increasing=False).x)
-    return Case(path.stem, lambda c: _interpolated(math.log(c), logs, ratios), true, int(tree["images"]))
+    if not 2 <= true <= largest:
+        raise ValueError(f"the curve of {path} does not fall to {CUTOFF} between C = 2 and {largest}, its images")
+    return Case(path.stem, lambda c: _interpolated(math.log(c), logs, ratios), true, largest)
 
 
 def _interpolated(log_c: float, logs: np.ndarray, ratios: np.ndarray) -> float:
@@ -260,7 +272,10 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=settings.resolution)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    table = table_case(args.table or HERE / "utilization_cifar100.json")
+    try:
+        table = table_case(args.table or HERE / "utilization_cifar100.json")
+    except ValueError as error:
+        parser.error(str(error))
     sets = {f"{table.name}, C_max {table.true:.0f}": [table] * args.replays}
     if args.table is None:
         rng = np.random.default_rng(args.seed)

@@ -50,7 +50,7 @@ class BoundSettings:
     c_start: int = 100
     """Number of clusters of the first probe."""
     cutoff: float = 0.96
-    """C_max is the first C at which the share of used clusters r_C falls to this."""
+    """C_max is the C at which the share of used clusters r_C falls to this."""
     precision: float = 0.2
     """The fit ends when the interval reaches no further than this share below and above C_max."""
     resolution: int = 10
@@ -58,9 +58,10 @@ class BoundSettings:
     confidence: float = 0.95
     """Probability with which the interval of the fit holds C_max."""
     max_probes: int = 12
-    """Full probes after which the fit ends in any case."""
+    """Full probes after which the fit ends in any case (twice as many where r_C has never fallen to the cutoff)."""
     low_heads: int | None = 4
-    """Heads of the cheap probes that bracket C_max before full ones decide (None: none are run)."""
+    """Heads of the cheap probes that bracket C_max before full ones decide (None: none are run, nor where TEMI has no
+    more heads than these)."""
     low_spread: float = 0.12
     """How far C_max is believed to be off at that number of heads: standard deviation of ln C_max."""
     max_concurrent: int | None = None
