@@ -90,7 +90,7 @@ def test_a_search_ends_in_few_probes_none_of_them_twice(k: int, low_spread: floa
     lower, upper = search.interval
     assert search.c_max is not None and upper is not None and lower <= search.c_max <= upper
     if search.outcome == "found":
-        assert upper - lower <= 10 or upper / lower <= 1.15**2
+        assert upper - lower <= search.resolution or upper / lower <= (1 + search.precision) ** 2
     assert search.ask(k) == []
 
 
