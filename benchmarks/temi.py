@@ -6,7 +6,8 @@
 The features are standard normal; neither time depends on their values. The plain loop has one nn.Module for each head,
 an ordinary AdamW and a teacher that follows parameter by parameter, in torch's default precision. First both train two
 steps from the same weights, whose losses must agree; then products of square matrices, steps of the trainer and steps
-of the loop alternate, and the medians of their ratios are reported.
+of the loop alternate, and the medians of their ratios are reported. Where other programs have the cores too, the share
+in CPU time says more than the share in time.
 
 Counted are the products that a step needs, for both images of each pair: student forward, teacher forward, and the
 student's backward without a gradient for the features. The machine's rate is the best of a few sizes in the precision
@@ -16,6 +17,7 @@ of the trainer: TF32 on CUDA, float32 on a CPU. The defaults take some minutes o
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -104,38 +106,53 @@ def step_flop(args: argparse.Namespace) -> int:
     return 2 * 2 * args.batch * args.heads * (2 * forward + weight_gradient + input_gradient)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+@dataclass(frozen=True)
+class Taken:
+    """Time that some work took, for each repeat of it."""
+
+    wall_s: float
+    cpu_s: float
+    """Of all threads of this process: what is left of the time where others have the cores too."""
+
+
+def taken(work: Callable[[], object], repeats: int, device: torch.device) -> Taken:
     """Time of the work, until the device has done it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    started_s = time.perf_counter()
-    work()
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started_s
+    return Taken((time.perf_counter() - wall_s) / repeats, (time.process_time() - cpu_s) / repeats)
 
 
 class Products:
-    """Square matrix products of a few sizes."""
+    """Square matrix products, of the size that is fastest in the precision of the trainer."""
 
     def __init__(self, device: torch.device) -> None:
-        sizes, self.repeats = ([4096, 8192], 10) if device.type == "cuda" else ([2048, 3072, 4096], 1)
         self.device = device
-        self.matrices = [torch.randn(size, size, device=device) for size in sizes]
-        self.out = [torch.empty_like(matrix) for matrix in self.matrices]
+        sizes = [4096, 8192] if device.type == "cuda" else [2048, 3072, 4096]
+        self.size = max(sizes, key=self._best_rate)
+        self._use(self.size)
+        self.flop = 2 * self.size**3
 
-    def rate(self) -> float:
-        """Operations a second of the fastest size in the precision of the trainer."""
+    def _best_rate(self, size: int) -> float:
+        self._use(size)
+        return size**3 / min(self.taken(1).wall_s for _ in range(5))
+
+    def _use(self, size: int) -> None:
+        self.matrix = torch.randn(size, size, device=self.device)
+        self.out = torch.empty_like(self.matrix)
+
+    def taken(self, repeats: int) -> Taken:
+        """Time of a product."""
         with fast_matmul(self.device, tf32=True):
-            return max(self._rate(matrix, out) for matrix, out in zip(self.matrices, self.out, strict=True))
+            return self.taken_by_default(repeats)
 
-    def default_rate(self) -> float:
-        """The same for one size in the precision that torch has by itself."""
-        return self._rate(self.matrices[0], self.out[0])
-
-    def _rate(self, matrix: Tensor, out: Tensor) -> float:
-        taken_s = seconds(lambda: [torch.mm(matrix, matrix, out=out) for _ in range(self.repeats)], self.device)
-        return self.repeats * 2 * len(matrix) ** 3 / taken_s
+    def taken_by_default(self, repeats: int) -> Taken:
+        """Time of a product in the precision that torch has by itself."""
+        return taken(lambda: torch.mm(self.matrix, self.matrix, out=self.out), repeats, self.device)
 
 
 def parsed() -> argparse.Namespace:
@@ -201,44 +218,69 @@ def drawn(trainer: TemiTrainer, steps: int) -> Tensor:
     return torch.cat(rows)[:steps]
 
 
+@dataclass(frozen=True)
+class Round:
+    """Everything once, one after another."""
+
+    step: Taken
+    loop_step: Taken
+    product: Taken
+    """In the precision of the trainer: the mean of before and after the steps."""
+    default_product: Taken
+
+
+def one_round(trainer: TemiTrainer, loop: PlainLoop, products: Products, args: argparse.Namespace) -> Round:
+    """Measure, the products for as long as the steps."""
+    device, rows = trainer.device, drawn(trainer, args.steps)
+    both = torch.randn(2 * args.batch, args.dim, device=device)
+    repeats = max(1, round(args.steps * step_flop(args) / products.flop / 2))
+    before = products.taken(repeats)
+    steps = taken(lambda: trainer.train(rows), 1, device)
+    after = products.taken(repeats)
+    return Round(
+        step=Taken(steps.wall_s / args.steps, steps.cpu_s / args.steps),
+        loop_step=taken(lambda: loop.step(both), args.loop_steps, device),
+        product=Taken((before.wall_s + after.wall_s) / 2, (before.cpu_s + after.cpu_s) / 2),
+        default_product=products.taken_by_default(repeats),
+    )
+
+
 def main() -> None:
     args = parsed()
     trainer = trainer_of(args)
-    device = trainer.device
-    loop, products = PlainLoop(trainer.learner.student, trainer.settings, device), Products(device)
+    loop, products = PlainLoop(trainer.learner.student, trainer.settings, trainer.device), Products(trainer.device)
     difference = largest_difference(trainer, loop, args)
-    both = torch.randn(2 * args.batch, args.dim, device=device)
-    trainer.train(drawn(trainer, 5 if device.type == "cuda" else 1))  # past capturing the graph
-    products.rate(), products.default_rate()
-    rates, defaults, step_s, loop_s = [], [], [], []
+    cuda, flop, rounds = trainer.device.type == "cuda", step_flop(args), []
+    trainer.train(drawn(trainer, 5 if cuda else 1))  # past capturing the graph
     for _ in range(args.rounds):
-        rows = drawn(trainer, args.steps)
-        before = products.rate()
-        step_s.append(seconds(lambda rows=rows: trainer.train(rows), device) / args.steps)
-        rates.append((before + products.rate()) / 2)
-        defaults.append(products.default_rate())
-        loop_s.append(seconds(lambda: [loop.step(both) for _ in range(args.loop_steps)], device) / args.loop_steps)
-        print(f"step {step_s[-1]:.4f} s, loop {loop_s[-1]:.4f} s, products {rates[-1] / 1e12:.4g} TFLOP/s", flush=True)
-    flop = step_flop(args)
+        rounds.append(one_round(trainer, loop, products, args))
+        one, rate = rounds[-1], products.flop / rounds[-1].product.wall_s
+        print(f"step {one.step.wall_s:.4f} s, {flop / one.step.wall_s / rate:.3f} of {rate / 1e12:.4g} TFLOP/s; "
+              f"loop {one.loop_step.wall_s:.4f} s", flush=True)  # fmt: skip
+    scale = flop / products.flop
+    step_s, loop_s = median(r.step.wall_s for r in rounds), median(r.loop_step.wall_s for r in rounds)
+    cpu_share = round(median(scale * r.product.cpu_s / r.step.cpu_s for r in rounds), 3)
     figures = {
-        "speedup_over_loop": round(median(b / a for a, b in zip(step_s, loop_s, strict=True)), 3),
-        "matmul_share": round(median(flop / a / rate for a, rate in zip(step_s, rates, strict=True)), 3),
-        "images_per_s": round(args.batch / median(step_s), 1),
-        "steps_per_s": round(1 / median(step_s), 4),
-        "loop_steps_per_s": round(1 / median(loop_s), 4),
-        "step_tflops": round(flop / median(step_s) / 1e12, 4),
-        "matmul_tflops": round(median(rates) / 1e12, 4),
-        "matmul_tflops_default": round(median(defaults) / 1e12, 4),
+        "speedup_over_loop": round(median(r.loop_step.wall_s / r.step.wall_s for r in rounds), 3),
+        "matmul_share": round(median(scale * r.product.wall_s / r.step.wall_s for r in rounds), 3),
+        "matmul_share_cpu_time": None if cuda else cpu_share,
+        "images_per_s": round(args.batch / step_s, 1),
+        "steps_per_s": round(1 / step_s, 4),
+        "loop_steps_per_s": round(1 / loop_s, 4),
+        "step_tflops": round(flop / step_s / 1e12, 4),
+        "matmul_tflops": round(products.flop / median(r.product.wall_s for r in rounds) / 1e12, 4),
+        "matmul_tflops_default": round(products.flop / median(r.default_product.wall_s for r in rounds) / 1e12, 4),
+        "matmul_size": products.size,
         "step_gflop": round(flop / 1e9, 2),
-        "precision": "tf32" if device.type == "cuda" else "float32",
-        "device": device.type,
+        "precision": "tf32" if cuda else "float32",
+        "device": trainer.device.type,
         "threads": torch.get_num_threads(),
         "placement": trainer.features.placement,
         "loss_difference": difference,
         "size": {name: getattr(args, name) for name in ("images", "dim", "heads", "clusters", "batch")},
     }
     for name, value in figures.items():
-        print(f"{name:>22}: {value}")
+        print(f"{name:>21}: {value}")
     end(figures, args.json)
 
 

@@ -93,7 +93,8 @@ class Heads(nn.Module):
         direction = self.last_direction[block]
         weight = direction * (self.last_gain[block] * _inverse_length(direction) / temperature)
         # The length is divided out of the C logits: there are fewer of them than of the bottleneck's values.
-        logits = torch.bmm(code, weight.transpose(1, 2)) * code_scale
+        logits = torch.bmm(code, weight.transpose(1, 2))
+        logits = torch.mul(logits, code_scale, out=None if torch.is_grad_enabled() else logits)
         return Activations(hidden_input, hidden, code, code_scale, weight, logits)
 
     def make_grads(self) -> None:

@@ -104,7 +104,7 @@ class TemiGradient:
         gamma, temperature = self._settings.gamma, self._settings.student_temperature
         found = self._student.activations(both, block, temperature=temperature)
         q, total = _softmax(found.logits)
-        ratio, joint_total = _softmax(torch.add(self._targets[block], found.logits, alpha=gamma))
+        ratio, joint_total = _softmax(self._targets[block].add_(found.logits, alpha=gamma))
         pmi = joint_total - gamma * (total + teacher_total)
         logits_grad = q.sub_(ratio).mul_((weight * (gamma / (len(both) * len(self._probs)))).unsqueeze(-1))
         self._student.backward(both, block, found, logits_grad, temperature=temperature)
