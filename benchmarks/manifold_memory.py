@@ -3,19 +3,20 @@
     python benchmarks/manifold_memory.py --num 50000 --dim 1024
 
 The features are standard normal, the generated ones a little wider; the values say nothing, time and memory do not
-depend on them. The defaults take a few seconds. Prints one line.
+depend on them. The defaults take a few seconds.
 """
 
-import argparse
 import os
 import platform
 import resource
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import arguments, end
 
 from cedm_ray.metrics.manifold import manifold_metrics
 
@@ -33,7 +34,7 @@ def peak_rss_mb() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--num", type=int, default=5000, help="images of each set")
     parser.add_argument("--dim", type=int, default=1024, help="dimensions of the features")
     parser.add_argument("--block", type=int, default=2048, help="images of each side compared at a time")
@@ -47,6 +48,9 @@ def main() -> None:
     print(f"{args.num} against {args.num} of {args.dim} dimensions, blocks of {args.block}: {seconds:.1f} s, "
           f"peak {peak_rss_mb():.0f} MB ({before_mb:.0f} MB before) on {args.device}, {platform.machine()}, "
           f"{torch.get_num_threads()} of {os.cpu_count()} threads; {values}")  # fmt: skip
+    sizes = {"num": args.num, "dim": args.dim, "block": args.block, "device": args.device}
+    peaks = {"peak_mb": round(peak_rss_mb()), "peak_mb_before": round(before_mb)}
+    end({**sizes, "seconds": round(seconds, 2), **peaks, "values": asdict(values)}, args.json)
 
 
 if __name__ == "__main__":
