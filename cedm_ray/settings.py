@@ -69,7 +69,7 @@ class BoundSettings:
     lower: bool = False
     """Also find the paper's lower bound: the clusters that TEMI uses at gamma 1 when it is given far too many."""
     lower_clusters: tuple[int, ...] = ()
-    """Numbers of clusters that it is given (when not given: 1.5, 2 and 3 times C_max)."""
+    """Numbers of clusters that it is given (when not given: 1.5, 2 and 3 times the upper end of C_max's interval)."""
     from_lower: bool = False
     """Search C from the lower bound on instead of from 2."""
     c_max: int | None = None

@@ -50,7 +50,7 @@ class BoundSearch(Protocol):
 
     @property
     def c_max(self) -> int | None:
-        """C_max once the search is done; None before, and where there is none to train below."""
+        """C_max once the search is done, 2 where there is no C to train below it; None before."""
         ...
 
     @property

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cedm_ray.clustering.crossing import Crossing
 from cedm_ray.clustering.probes import Fidelity, Outcome, Probe, Reading
+from cedm_ray.errors import require
 
 _GROWTH = 4  # no probe lies further than this factor above the largest C that was still used well
 _SAME = 0.02  # a probe this close to an earlier one, in ln C, repeats it with a new seed
@@ -61,14 +62,14 @@ class UpperBoundSearch:
         max_probes: int = 12,
         low_spread: float | None = None,
     ) -> None:
-        _require("max_clusters", max_clusters, max_clusters >= 2, "be at least 2")
-        _require("c_start", c_start, 2 <= c_start <= max_clusters, f"lie in [2, max_clusters], [2, {max_clusters}]")
-        _require("cutoff", cutoff, 0 < cutoff < 1, "lie in (0, 1)")
-        _require("precision", precision, precision > 0, "be above 0")
-        _require("resolution", resolution, resolution >= 1, "be at least 1 cluster")
-        _require("confidence", confidence, 0 < confidence < 1, "lie in (0, 1)")
-        _require("max_probes", max_probes, max_probes >= 1, "be at least 1")
-        _require("low_spread", low_spread, low_spread is None or low_spread > 0, "be above 0")
+        require(max_clusters >= 2, "max_clusters", max_clusters, "be at least 2")
+        require(2 <= c_start <= max_clusters, "c_start", c_start, f"lie in [2, max_clusters], [2, {max_clusters}]")
+        require(0 < cutoff < 1, "cutoff", cutoff, "lie in (0, 1)")
+        require(precision > 0, "precision", precision, "be above 0")
+        require(resolution >= 1, "resolution", resolution, "be at least 1 cluster")
+        require(0 < confidence < 1, "confidence", confidence, "lie in (0, 1)")
+        require(max_probes >= 1, "max_probes", max_probes, "be at least 1")
+        require(low_spread is None or low_spread > 0, "low_spread", low_spread, "be above 0")
         self.c_start, self.cutoff, self.max_clusters = c_start, cutoff, max_clusters
         self.precision, self.resolution, self.confidence = precision, resolution, confidence
         self.max_probes, self.low_spread = max_probes, low_spread
@@ -149,7 +150,7 @@ class UpperBoundSearch:
             The probes, none of which was told or asked for before; none if the search is done, or if what is under way
             may end it.
         """
-        _require("k", k, k >= 1, "be at least 1")
+        require(k >= 1, "k", k, "be at least 1")
         asked: list[Probe] = []
         while len(asked) < k and not self.done:
             fidelity: Fidelity = "low" if self._brackets() else "full"
@@ -172,12 +173,12 @@ class UpperBoundSearch:
             ValueError: If a value lies outside its bounds, or contradicts an earlier reading of the same probe.
         """
         clusters, bound = probe.num_clusters, f"lie in [2, max_clusters], [2, {self.max_clusters}]"
-        _require("num_clusters", clusters, 2 <= clusters <= self.max_clusters, bound)
-        _require("ratio", ratio, 0 < ratio <= 1, "lie in (0, 1]")
+        require(2 <= clusters <= self.max_clusters, "num_clusters", clusters, bound)
+        require(0 < ratio <= 1, "ratio", ratio, "lie in (0, 1]")
         if probe in self._pending:
             self._pending.remove(probe)
         if probe in self._readings:
-            _require("ratio", ratio, self._readings[probe] == ratio, f"be {self._readings[probe]}, as told before")
+            require(self._readings[probe] == ratio, "ratio", ratio, f"be {self._readings[probe]}, as told before")
             return
         self._readings[probe] = ratio
         (self._low if probe.fidelity == "low" else self._full).tell(clusters, ratio)
@@ -236,8 +237,3 @@ def _levels(count: int, told: int) -> NDArray[np.float64]:
     if count > 1:
         return np.linspace(_LEFT, _RIGHT, count)
     return np.array([0.5 if told == 0 else (_LEFT, _RIGHT)[told % 2]])
-
-
-def _require(name: str, value: object, holds: bool, bound: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; it must {bound}")

@@ -78,7 +78,8 @@ def find_lower_bound(ctx: Context, embeddings: Embeddings, end: int) -> LowerBou
     found = LowerBound(tuple(sorted(used)))
     write_json(ctx.folder / "lower_bound.json", {**asdict(found), "mean": found.mean, "std": found.std})
     tracker = ctx.tracker
-    tracker.points(tracker.parent_id, {"lower_bound": found.mean, "lower_bound_std": found.std})
+    for name, value in (("lower_bound", found.mean), ("lower_bound_std", found.std)):
+        tracker.series(tracker.parent_id, name, [value])  # once, however often the search goes on
     if config.bound.from_lower and found.start >= end:
         raise UserError(
             f"{found.sentence()}: nothing lies between {found.start} and {end}, the upper end of C_max's interval; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,8 +187,10 @@ def read_result(folder: Path) -> SearchResult | None:
     if tree is None:
         return None
     tree["trials"] = tuple(TrialRecord(**{**trial, "rungs": tuple(trial["rungs"])}) for trial in tree["trials"])
-    tree["upper_bound"] = None if tree["upper_bound"] is None else _upper_bound(tree["upper_bound"])
-    tree["lower_bound"] = None if tree["lower_bound"] is None else LowerBound(_tuples(tree["lower_bound"]["used"]))
+    if tree["upper_bound"] is not None:
+        tree["upper_bound"] = _upper_bound(tree["upper_bound"])
+    if tree["lower_bound"] is not None:
+        tree["lower_bound"] = LowerBound(tuple((given, used) for given, used in tree["lower_bound"]["used"]))
     return SearchResult(**{**tree, "final": FinalScore(**tree["final"])})
 
 
@@ -202,10 +204,6 @@ def _upper_bound(tree: Mapping[str, Any]) -> UpperBound:
             "curve": None if curve is None else FittedCurve(**{name: tuple(line) for name, line in curve.items()}),
         }
     )
-
-
-def _tuples(pairs: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((first, second) for first, second in pairs)
 
 
 def show(result: SearchResult, console: Console) -> None:

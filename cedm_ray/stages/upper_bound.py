@@ -81,7 +81,7 @@ def find_upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound:
     if not search.done:
         run_probes(ctx, search, jobs, embeddings, ctx.folder / "ray")
     upper = search.interval[1]
-    if search.c_max is None or search.outcome == "empty" or upper == 2:
+    if search.c_max is None or search.outcome == "empty":
         raise UserError(
             f"even 2 clusters are not all used (r_C at or below bound.cutoff {search.cutoff:g}): "
             f"these embeddings hold no groups; try another --backbone"
