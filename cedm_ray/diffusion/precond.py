@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cedm_ray.diffusion.unet import UNet
+from cedm_ray.diffusion.unet import NO_CONDITION, UNet
 from cedm_ray.errors import UserError
 
 
@@ -73,8 +73,8 @@ class EDMPrecond(nn.Module):
         Args:
             x: Noisy images, shape ``(N, C, R, R)``; computed in float32.
             sigma: Standard deviation of the noise, shape ``(N,)`` or ``()``.
-            class_index: Cluster of each image, shape ``(N,)``, int64 in ``[0, label_dim)``; None is the
-                all-zero condition.
+            class_index: Cluster of each image, shape ``(N,)``, int64 in ``[0, label_dim)``, or ``NO_CONDITION``
+                (-1) for the all-zero condition; None is the all-zero condition for all images.
             augment_labels: Augmentation of each image, shape ``(N, augment_dim)``; None is no augmentation.
 
         Returns:
@@ -107,9 +107,10 @@ class EDMPrecond(nn.Module):
             raise ValueError("class_index is given, but the network has label_dim 0; pass None")
         if class_index.device.type == "cpu" and class_index.numel():
             low, high = class_index.aminmax()
-            if low < 0 or high >= self.label_dim:
+            if low < NO_CONDITION or high >= self.label_dim:
                 raise ValueError(
-                    f"class_index ranges from {int(low)} to {int(high)}; it must lie in [0, {self.label_dim})"
+                    f"class_index ranges from {int(low)} to {int(high)}; it must lie in [0, {self.label_dim}), "
+                    f"or be {NO_CONDITION} for no condition"
                 )
 
 

@@ -45,6 +45,8 @@ class TrainSettings:
     """Thousands of images over which the learning rate rises linearly from 0."""
     augment_prob: float = 0.12
     """Probability of each augmentation; 0 turns all of them off, the mirror image included."""
+    label_dropout: float = 0.0
+    """Probability that an image is trained without its condition; above 0 the model can be sampled with guidance."""
     ema_halflife_kimg: float = 500.0
     """Half-life of the averaged weights, in thousands of images."""
     ema_rampup_ratio: float = 0.05
@@ -65,6 +67,7 @@ class TrainSettings:
             value = getattr(self, name)
             require(value >= 0, name, value, "not be negative")
         require(0 <= self.augment_prob <= 1, "augment_prob", self.augment_prob, "lie in [0, 1]")
+        require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "lie in [0, 1)")
 
 
 def local_batch(total_batch: int, world_size: int) -> int:

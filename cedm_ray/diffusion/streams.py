@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     """Augmentation, noise level and noise of a training step; counters: nimg, rank."""
     DROPOUT = 5
     """Dropout of a training step; counters: nimg, rank."""
+    LABEL_DROPOUT = 6
+    """Which images of a training step lose their condition; counters: nimg, rank."""
 
 
 def numpy_stream(seed: int, purpose: Purpose, index: int) -> np.random.Generator:

@@ -16,6 +16,7 @@ from cedm_ray.diffusion.order import EpochOrder
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
 from cedm_ray.diffusion.streams import Purpose, torch_seed
+from cedm_ray.diffusion.unet import NO_CONDITION
 
 __all__ = ["NetSettings", "Progress", "TrainSettings", "TrainState", "build_net", "new_state", "train"]
 
@@ -71,11 +72,11 @@ def train(
 ) -> Iterator[Progress]:
     """Train until ``stop_nimg`` images have been seen, one step for each item taken from the iterator.
 
-    A step's images are found from ``(seed, nimg)``; its augmentation, noise levels and noise, and its dropout
-    from ``(seed, nimg, rank)``. So a run that is saved, loaded and continued goes on bit for bit as if it had
-    not been interrupted, on the same number of processes, and no generator's state is kept. Torch's global
-    generators of the CPU and of the training device are left as they were. With torch.distributed initialised,
-    every process calls this with the same state, and gradients are averaged over processes.
+    A step's images are found from ``(seed, nimg)``; its augmentation, noise levels and noise, its dropout, and which
+    images lose their condition from ``(seed, nimg, rank)``. So a run that is saved, loaded and continued goes on bit
+    for bit as if it had not been interrupted, on the same number of processes, and no generator's state is kept.
+    Torch's global generators of the CPU and of the training device are left as they were. With torch.distributed
+    initialised, every process calls this with the same state, and gradients are averaged over processes.
 
     Args:
         state: The run; changed in place, and whole again whenever a step has been yielded.
@@ -149,6 +150,7 @@ def _backward(
         y, labels = augment(y, settings.augment_prob, generator)
     elif state.net.augment_dim:
         labels = y.new_zeros(len(y), state.net.augment_dim)  # gives the unused weights a gradient, of zero
+    clusters = _drop_labels(clusters, settings.label_dropout, torch_seed(seed, Purpose.LABEL_DROPOUT, state.nimg, rank))
     sigma = sample_sigma(len(y), settings.P_mean, settings.P_std, generator, y.device)
     noise = torch.randn(y.shape, generator=generator, device=y.device)
     state.optimizer.zero_grad(set_to_none=True)
@@ -160,6 +162,19 @@ def _backward(
         loss = pixels.sum() / len(y)
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _drop_labels(clusters: Tensor | None, prob: float, seed: int) -> Tensor | None:
+    """The clusters, each of them ``NO_CONDITION`` with probability ``prob``.
+
+    Source: arXiv 2207.12598, Algorithm 1.
+    """
+    if clusters is None or prob == 0:
+        return clusters
+    generator = torch.Generator(clusters.device)
+    generator.manual_seed(seed)
+    dropped = torch.rand(clusters.shape, generator=generator, device=clusters.device) < prob
+    return clusters.masked_fill(dropped, NO_CONDITION)
 
 
 def _clean_gradients(net: EDMPrecond) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 Resample = Literal["up", "down"]
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches of equal variance
+NO_CONDITION = -1  # in class_index: an image whose condition is the all-zero vector
 OUTPUT_GAIN = 1e-5  # a residual branch starts as almost nothing
 ATTENTION_GAIN = math.sqrt(0.2)
 
@@ -210,7 +211,8 @@ class UNet(nn.Module):
         if self.map_label is not None:
             onehot = emb.new_zeros(len(emb), self.label_dim)
             if class_index is not None:
-                # A comparison, unlike a lookup, neither waits for the GPU nor can read out of bounds.
+                # A comparison, unlike a lookup, neither waits for the GPU nor can read out of bounds; NO_CONDITION
+                # equals no cluster.
                 onehot = (class_index[:, None] == torch.arange(self.label_dim, device=emb.device)).to(emb.dtype)
             emb = emb + self.map_label(onehot * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:

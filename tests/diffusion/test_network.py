@@ -5,6 +5,7 @@ import torch
 
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
+from cedm_ray.diffusion.unet import NO_CONDITION
 from cedm_ray.errors import UserError
 
 TINY = NetSettings(8, (1, 2), 1, (4,), 0.1)
@@ -53,9 +54,19 @@ def test_zero_augment_labels_are_no_augment_labels() -> None:
     assert torch.equal(net(x, sigma, cluster, torch.zeros(2, 9)), net(x, sigma, cluster))
 
 
-@pytest.mark.parametrize("index", [-1, 3])
+@torch.no_grad()
+def test_single_images_of_a_batch_can_go_without_a_condition() -> None:
+    net = randomised()
+    x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
+    mixed, none = net(x, sigma, torch.tensor([2, NO_CONDITION, 0])), net(x, sigma)
+    torch.testing.assert_close(mixed[1], none[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(mixed[::2], net(x, sigma, torch.tensor([2, 1, 0]))[::2], atol=1e-6, rtol=0)
+    assert float((mixed - none).flatten(1).norm(dim=1)[[0, 2]].min()) > 1e-3
+
+
+@pytest.mark.parametrize("index", [-2, 3])
 def test_a_cluster_out_of_range_is_refused(index: int) -> None:
-    with pytest.raises(ValueError, match=r"must lie in \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 3\), or be -1 for no condition"):
         randomised()(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.tensor([index]))
 
 
@@ -84,8 +95,12 @@ def test_net_settings_name_the_field_that_is_wrong(bad: dict[str, object]) -> No
 
 
 @pytest.mark.parametrize(
-    "bad", [{"total_batch": 0}, {"lr": 0.0}, {"lr_rampup_kimg": -1.0}, {"augment_prob": 1.2}, {"sigma_data": 0.0}]
-)
+    "bad",
+    [
+        {"total_batch": 0}, {"lr": 0.0}, {"lr_rampup_kimg": -1.0}, {"augment_prob": 1.2}, {"sigma_data": 0.0},
+        {"label_dropout": 1.0}, {"label_dropout": -0.1}, {"label_dropout": float("nan")},
+    ],
+)  # fmt: skip
 def test_train_settings_name_the_field_that_is_wrong(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
         TrainSettings(**bad)  # type: ignore[arg-type]

@@ -58,6 +58,58 @@ def test_sampling_converges_to_the_closed_form_of_gaussian_data() -> None:
     assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3  # second order: a factor of 4
 
 
+class ClusterDenoiser(nn.Module):
+    """The exact denoiser of clusters c ~ N(m_c, s^2), and of one N(m, s^2) where there is no condition."""
+
+    def __init__(self, means: list[float], mean: float, std: float) -> None:
+        super().__init__()
+        self.means, self.std = torch.tensor([*means, mean]), std  # NO_CONDITION, -1, picks the last
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, sigma: Tensor, class_index: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        mean = self.means[class_index][:, None, None, None]
+        return mean + (x - mean) * (self.std**2 / (self.std**2 + sigma**2))[:, None, None, None]
+
+
+def test_guidance_has_the_closed_form_of_gaussian_clusters_and_one_call_for_both_answers() -> None:
+    # (1 + w) D_c - w D is the denoiser of N(m_c + w (m_c - m), s^2): the answers differ in their means alone.
+    latents = torch.randn(3, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    clusters, means, guidance = torch.tensor([1, 0, 1]), torch.tensor([-0.4, 0.3]), 1.5
+    centre = (means + guidance * (means - 0.1))[clusters][:, None, None, None].double()
+    exact = centre + (latents.double() * 80 - centre) * 0.2 / np.sqrt(0.2**2 + 6400)
+    net = ClusterDenoiser(means.tolist(), 0.1, 0.2)
+    errors = [
+        float((heun_sample(net, latents, clusters, num_steps, guidance=guidance) - exact).abs().max())  # type: ignore[arg-type]
+        for num_steps in (20, 40, 80)
+    ]
+    assert net.batches == [6] * (39 + 79 + 159)
+    assert errors[0] < 0.05 and errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
+
+
+def test_without_guidance_nothing_is_computed_for_it_and_nothing_changes() -> None:
+    net, latents, clusters = network(), torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 3])
+    sizes: list[int] = []
+    net.eval().register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    plain, zero = heun_sample(net, latents, clusters, 4), heun_sample(net, latents, clusters, 4, guidance=0.0)
+    assert torch.equal(plain, zero) and sizes == [3] * 14
+    far = heun_sample(net, latents, clusters, 4, guidance=2.0)
+    assert sizes[14:] == [6] * 7 and float((far - plain).abs().max()) > 1e-3
+
+
+def test_guidance_that_means_nothing_is_refused() -> None:
+    for guidance, clusters in ((float("nan"), torch.tensor([0])), (1.0, None)):
+        with pytest.raises(ValueError, match=f"guidance is {guidance}; it must be finite, and 0 without a condition"):
+            heun_sample(network(), torch.zeros(1, 1, 8, 8), clusters, guidance=guidance)
+
+
+def test_guidance_goes_through_to_generated_images() -> None:
+    net = network()
+    more = {"seed": 3, "indices": range(6), "cluster_probs": PROBS, "batch_size": 4, "num_steps": 4, "device": "cpu"}
+    plain, guided = (torch.cat(list(generate(net, guidance=w, **more))) for w in (0.0, 3.0))  # type: ignore[arg-type]
+    assert torch.equal(plain, images(net, range(6), 4)) and not torch.equal(plain, guided)
+
+
 def test_noise_levels_fall_from_sigma_max_to_sigma_min_and_to_zero() -> None:
     levels = sigma_steps(18)
     assert levels.dtype == torch.float64 and len(levels) == 19

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cedm_ray.diffusion.order import EpochOrder
@@ -9,6 +11,7 @@ from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, l
 from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.streams import Purpose, torch_seed
 from cedm_ray.diffusion.train import TrainState, new_state, train
+from cedm_ray.diffusion.unet import NO_CONDITION
 from cedm_ray.errors import UserError
 
 NET = NetSettings(8, (1, 2), 1, (4,), 0.2)
@@ -132,6 +135,62 @@ def test_gradients_that_are_no_numbers_are_replaced() -> None:
     assert state.net.model.out_norm.bias.grad is not None
     assert torch.equal(state.net.model.out_norm.bias.grad, torch.full_like(state.net.model.out_norm.bias, -1e5))
     assert all(parameter.isfinite().all() for parameter in state.net.parameters())
+
+
+def seen_conditions(settings: TrainSettings, stop_nimg: int) -> Tensor:
+    """The class_index of every image that the network was trained on, in order."""
+    state, seen = start(augment=False), []
+    state.net.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+    run(state, stop_nimg, settings)
+    return torch.cat(seen)
+
+
+def test_dropping_conditions_has_random_numbers_of_its_own() -> None:
+    # At a probability that never strikes, all that is drawn for it changes nothing.
+    without, never = start(), start()
+    assert run(without, 48) == run(never, 48, replace(SETTINGS, label_dropout=1e-30))
+    assert same(without, never)
+
+
+def test_conditions_are_dropped_with_their_probability_and_are_else_the_images_own() -> None:
+    plain = replace(SETTINGS, augment_prob=0.0)
+    full, part = (seen_conditions(replace(plain, label_dropout=p), 800) for p in (0.0, 0.3))
+    dropped = part == NO_CONDITION
+    assert torch.equal(part[~dropped], full[~dropped]) and int(full.min()) == 0
+    assert stats.binomtest(int(dropped.sum()), len(part), 0.3).pvalue > 1e-3
+    steps = dropped.reshape(-1, 8)
+    assert len(steps.unique(dim=0)) > 50  # drawn anew at each step
+
+
+def test_without_a_condition_the_clusters_weights_learn_nothing() -> None:
+    state = start()
+    run(state, 8, replace(SETTINGS, label_dropout=1 - 1e-12))
+    layer = state.net.model.map_label
+    assert layer is not None and layer.weight.grad is not None and layer.bias.grad is not None
+    assert not layer.weight.grad.any() and layer.bias.grad.any()
+
+
+def test_a_run_with_dropped_conditions_continues_to_the_bit(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, label_dropout=0.5)
+    whole, first, second = start(), start(), start(seed=7)
+    losses = run(whole, 32, settings)
+    head = run(first, 16, settings)
+    save_state(first, tmp_path / "state.safetensors")
+    load_state(second, tmp_path / "state.safetensors")
+    assert head + run(second, 32, settings) == losses and same(second, whole)
+    assert losses != run(start(), 32)
+
+
+def test_an_unconditional_network_has_no_condition_to_drop() -> None:
+    images, _ = data()
+    torch.manual_seed(0)
+    plain, dropping = new_state(build_net(NET, 8, 1, 0, True)), new_state(build_net(NET, 8, 1, 0, True))
+    dropping.net.load_state_dict(plain.net.state_dict())
+    losses = [
+        [float(step.loss) for step in train(state, images, None, settings=settings, stop_nimg=16, seed=0)]
+        for state, settings in ((plain, SETTINGS), (dropping, replace(SETTINGS, label_dropout=0.5)))
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("batch", [7, 20, 33])

@@ -11,9 +11,10 @@ from torch import Tensor
 from cedm_ray.diffusion.order import EpochOrder
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
 from cedm_ray.diffusion.train import TrainState, _backward, new_state, train
+from cedm_ray.diffusion.unet import NO_CONDITION
 
 WORLD = 2
-SETTINGS = TrainSettings(total_batch=8, lr=2e-3, lr_rampup_kimg=0.0, augment_prob=0.3)
+SETTINGS = TrainSettings(total_batch=8, lr=2e-3, lr_rampup_kimg=0.0, augment_prob=0.3, label_dropout=0.4)
 
 
 def start() -> TrainState:
@@ -80,6 +81,17 @@ def test_two_processes_stay_identical_and_average_their_gradients(tmp_path: Path
     for name, gradient in alone[0].items():
         mean = (gradient + alone[1][name]) / 2
         torch.testing.assert_close(zero[name], mean, atol=1e-6 * float(mean.abs().max()) + 1e-7, rtol=1e-4)
+
+
+def test_each_process_draws_its_own_images_to_go_without_a_condition() -> None:
+    images, clusters = data()
+    seen: list[Tensor] = []
+    for rank in range(WORLD):
+        state = start()
+        state.net.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+        _backward(state.net, state, images.float() / 127.5 - 1, clusters, SETTINGS, 0, rank)
+    zero, one = (given == NO_CONDITION for given in seen)
+    assert zero.any() and one.any() and not torch.equal(zero, one)
 
 
 if __name__ == "__main__":
