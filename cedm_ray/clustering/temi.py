@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cedm_ray.clustering.head_file import TemiHead
 from cedm_ray.clustering.heads import Heads
 from cedm_ray.clustering.temi_features import Features, Placement, choose_placement, free_bytes, view
 from cedm_ray.clustering.temi_gradient import head_blocks
@@ -174,6 +175,24 @@ class TemiTrainer:
             max_prob=max_prob.cpu().numpy(),
             head_losses=losses.numpy(),
             best_head=best_head,
+        )
+
+    def head(self) -> TemiHead:
+        """The teacher's weights of the head that :meth:`clustering` uses, with all that turns embeddings into clusters.
+
+        Returns:
+            A copy on the host, which further training does not change.
+
+        Raises:
+            RuntimeError: If no epoch has been trained.
+        """
+        self._require_training()
+        scale = self.features.mean_std
+        return TemiHead(
+            self.learner.teacher.head(int(self._head_losses().argmin())).cpu(),
+            self.settings.teacher_temperature,
+            None if scale is None else scale[0].cpu(),
+            None if scale is None else scale[1].cpu(),
         )
 
     @torch.no_grad()

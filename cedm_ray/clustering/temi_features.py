@@ -58,7 +58,8 @@ class Features:
         host = view(embeddings)
         if not all(bool(torch.isfinite(block).all()) for block in torch.split(host, _BLOCK)):
             raise ValueError("embeddings hold NaN or infinity; every feature must be finite")
-        self._mean_std = _mean_std(host, device) if standardize else None
+        self.mean_std = self._mean_std = _mean_std(host, device) if standardize else None
+        """Mean and standard deviation of each feature, both of shape ``(D,)``; None where they are left as they are."""
         self.source = host
         """The features as they are held: where they were given, or a copy on the device."""
         if placement == "bfloat16" or (placement == "float32" and device.type != "cpu"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from cedm_ray.data.pack import load_packed
 from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
@@ -24,6 +20,7 @@ from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.export import export_model
 from cedm_ray.stages.features import DetectorSpec, FeatureParts
 from cedm_ray.stages.granularity import Ledger, tune_trials
 from cedm_ray.stages.images import pack_images
@@ -31,7 +28,7 @@ from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.scoring import Reference
 from cedm_ray.stages.store import Store, read_json, write_json
-from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE, samples_stats_file
+from cedm_ray.stages.trial import samples_stats_file
 
 EXPORT_FOLDER = "export"
 EVALUATION_FILE = "evaluation.json"
@@ -182,34 +179,3 @@ def _kept(job: TrialJob, name: str) -> Iterator[np.ndarray]:
 def _joined(parts: Iterator[np.ndarray]) -> np.ndarray | None:
     found = list(parts)
     return np.concatenate(found) if found else None
-
-
-def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str, Any]) -> None:
-    """Write the averaged weights and everything that is needed to use and to compare them into one folder.
-
-    ``model.safetensors`` holds the weights, ``clustering.safetensors`` assignments and q(c), ``model.json`` how the
-    network is built and what it scored, ``reference.safetensors`` the statistics of the real images.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with safe_open(checkpoint / STATE_FILE, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
-        save_file({name.removeprefix("ema."): state.get_tensor(name) for name in names}, out / "model.safetensors")
-    if job.condition is not None:
-        shutil.copyfile(job.condition, out / "clustering.safetensors")
-    shutil.copyfile(job.scoring.references[0].file, out / "reference.safetensors")
-    shutil.copyfile(checkpoint / SAMPLES_FILE, out / SAMPLES_FILE)
-    packed = load_packed(job.images)
-    write_json(
-        out / "model.json",
-        {
-            "img_resolution": packed.resolution,
-            "img_channels": packed.channels,
-            "label_dim": job.num_clusters if job.condition is not None else 0,
-            "dataset": packed.name,
-            "images_sha256": packed.facts.pixels_sha256,
-            "diffusion": asdict(job.diffusion),
-            "num_steps": job.score.num_steps,
-            "detector": asdict(job.scoring.facts),
-            **facts,
-        },
-    )

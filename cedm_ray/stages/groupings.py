@@ -15,6 +15,7 @@ import torch
 from cedm_ray.clustering.agreement import clustering_quality
 from cedm_ray.clustering.assignments_file import read_assignments
 from cedm_ray.clustering.clustering_io import save_clustering
+from cedm_ray.clustering.head_file import TemiHead, save_head
 from cedm_ray.clustering.kmeans import fit_kmeans
 from cedm_ray.clustering.labels import from_labels
 from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
@@ -30,12 +31,12 @@ from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
+from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE
 from cedm_ray.stages.features import absolute
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import file_sha256
 
-CLUSTERING_FILE = "clustering.safetensors"
 MOSAIC_FILE = "clusters.png"
 
 
@@ -74,7 +75,7 @@ def clustering_job(
     if config.grouping == "kmeans":
         inputs["kmeans"] = 1  # to be raised when the same embeddings become other clusters
     else:
-        inputs |= {"k": config.num_neighbors, "temi": asdict(config.temi), "trainer": 2}  # to be raised likewise
+        inputs |= {"k": config.num_neighbors, "temi": asdict(config.temi), "trainer": 3}  # to be raised likewise
     path = store.path("clusterings", inputs)
     grouping: Grouping = "kmeans" if config.grouping == "kmeans" else "temi"
     return ClusteringJob(grouping, num_clusters, config.temi, config.seed, images, inputs, path)
@@ -100,19 +101,20 @@ def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -
     torch.set_num_threads(threads)
     started_s = time.monotonic()
     heads: list[float] = []
+    head: TemiHead | None = None
     if job.grouping == "kmeans":
         clustering = fit_kmeans(
             embeddings.values, job.num_clusters, seed=job.seed, threads=threads, use_gpu=faiss_device() == "cuda"
         )
     else:
-        clustering, heads = _temi(job, embeddings, board)
+        clustering, heads, head = _temi(job, embeddings, board)
     packed = load_packed(job.images)
     seconds = time.monotonic() - started_s
-    return keep(clustering, job.path, job.inputs, store, packed, head_utilization=heads, seconds=seconds)
+    return keep(clustering, job.path, job.inputs, store, packed, head, head_utilization=heads, seconds=seconds)
 
 
-def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> tuple[Clustering, list[float]]:
-    """A TEMI clustering, and the utilization ratio of each of its heads."""
+def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> tuple[Clustering, list[float], TemiHead]:
+    """A TEMI clustering, the utilization ratio of each head, and the head that made it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     beat = Beat(board, str(job.path), f"clustering into {job.num_clusters}", job.settings.epochs, "epochs")
     try:
@@ -121,7 +123,7 @@ def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> tuple[Clu
         )
         for progress in trainer.epochs():
             beat(progress.epoch)
-        return trainer.clustering(), trainer.head_utilization().tolist()
+        return trainer.clustering(), trainer.head_utilization().tolist(), trainer.head()
     finally:
         beat.close()
 
@@ -132,11 +134,12 @@ def keep(
     inputs: dict[str, Any],
     store: Store,
     packed: PackedImages,
+    head: TemiHead | None = None,
     *,
     head_utilization: Sequence[float] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """Put a clustering into the store with its quality and a mosaic of its images; returns its facts.
+    """Put a clustering into the store with its quality, its head and a mosaic of its images; returns its facts.
 
     Labels only measure: nothing of a search reads ``quality`` but the log.
     """
@@ -156,6 +159,8 @@ def keep(
     }
     with store.create(path, inputs, facts) as scratch:
         save_clustering(clustering, scratch / CLUSTERING_FILE)
+        if head is not None:
+            save_head(head, scratch / HEAD_FILE)
         mosaic = cluster_mosaic(packed.images, clustering.assignments, num_clusters=clustering.num_clusters)
         mosaic.save(scratch / MOSAIC_FILE)
     return facts
