@@ -11,15 +11,15 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from cedm_ray.errors import require
+from cedm_ray.report.colours import BLUE, DARK, GREEN, ORANGE, RED
 from cedm_ray.report.ticks import log_clusters, plain_ticks
 
 Fidelity = Literal["full", "low", "trial"]
 
-_BLUE, _ORANGE, _GREEN, _RED, _DARK = "#1f5fa8", "#d9822b", "#2a9d55", "#c0392b", "#333333"
 _STYLES: tuple[tuple[Fidelity, str, str, str], ...] = (
-    ("low", "probe at low fidelity", "D", _ORANGE),
-    ("full", "probe at full fidelity", "o", _BLUE),
-    ("trial", "trial", "s", _GREEN),
+    ("low", "probe at low fidelity", "D", ORANGE),
+    ("full", "probe at full fidelity", "o", BLUE),
+    ("trial", "trial", "s", GREEN),
 )
 # Unused share, in units of the cutoff's, below which a linear axis would leave too little height to the cutoff.
 _COMPRESS_FROM = 4.0
@@ -100,9 +100,9 @@ def bound_figure(
     _draw_points(axes, points)
     if curve is not None:
         _draw_curve(axes, curve)
-    axes.axhline(cutoff, color=_RED, linestyle="--", linewidth=1.3, label=f"cutoff: {cutoff:g}", zorder=2)
+    axes.axhline(cutoff, color=RED, linestyle="--", linewidth=1.3, label=f"cutoff: {cutoff:g}", zorder=2)
     if c_max is not None:
-        axes.axvline(c_max, color=_DARK, linestyle="-.", linewidth=1.2, label=f"$C_{{max}}$ = {c_max}", zorder=2)
+        axes.axvline(c_max, color=DARK, linestyle="-.", linewidth=1.2, label=f"$C_{{max}}$ = {c_max}", zorder=2)
     if lower is not None:
         _shade(axes, lower, upper, _interval_name(confidence))
     axes.grid(True, alpha=0.25, linewidth=0.6)
@@ -132,14 +132,14 @@ def _draw_points(axes: Axes, points: Sequence[ProbePoint]) -> None:
 
 def _draw_curve(axes: Axes, curve: FittedCurve) -> None:
     x = curve.num_clusters
-    axes.plot(x, curve.ratio, color=_BLUE, linewidth=1.6, label="fitted curve", zorder=3)
-    axes.fill_between(x, curve.low, curve.high, color=_BLUE, alpha=0.15, linewidth=0, label="band of the fit", zorder=1)
+    axes.plot(x, curve.ratio, color=BLUE, linewidth=1.6, label="fitted curve", zorder=3)
+    axes.fill_between(x, curve.low, curve.high, color=BLUE, alpha=0.15, linewidth=0, label="band of the fit", zorder=1)
 
 
 def _shade(axes: Axes, lower: int, upper: int | None, name: str) -> None:
     right = axes.get_xlim()[1] if upper is None else upper
     label = name if upper is not None else f"{name}, open"
-    axes.axvspan(lower, right, facecolor=to_rgba(_DARK, 0.12), edgecolor=to_rgba(_DARK, 0.3), label=label, zorder=0)
+    axes.axvspan(lower, right, facecolor=to_rgba(DARK, 0.12), edgecolor=to_rgba(DARK, 0.3), label=label, zorder=0)
 
 
 def _in_sight(axes: Axes, curve: FittedCurve | None) -> list[float]:

@@ -2,15 +2,10 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from cedm_ray.errors import require
-
-_CELL = 56  # side of a cell that whole factors come nearest to, in pixels
-_MOST = 64  # longer sides are scaled down to this
-_GAP = 2
-_MARGIN = 6
-_FONT_SIZE = 12
+from cedm_ray.report.image_rows import ImageRow, labelled_rows
 
 
 def cluster_mosaic(
@@ -48,10 +43,17 @@ def cluster_mosaic(
         require(value >= least, name, value, f"be at least {least}")
     sizes = np.bincount(assignments, minlength=num_clusters)
     shown, used = _spread(sizes, rows), int(np.count_nonzero(sizes))
-    tiles = [_members(images, assignments, cluster, columns, seed) for cluster in shown]
-    labels = [f"cluster {cluster}\n{sizes[cluster]:,} image{'s' if sizes[cluster] > 1 else ''}" for cluster in shown]
     chosen = "All" if len(shown) == used else f"{len(shown):,} of the"
-    return _draw(tiles, labels, f"{chosen} {used:,} used clusters (C = {num_clusters:,}), largest first; random images")
+    return labelled_rows(
+        [
+            ImageRow(
+                f"cluster {cluster}\n{sizes[cluster]:,} image{'s' if sizes[cluster] > 1 else ''}",
+                _members(images, assignments, cluster, columns, seed),
+            )
+            for cluster in shown
+        ],
+        f"{chosen} {used:,} used clusters (C = {num_clusters:,}), largest first; random images",
+    )
 
 
 def _check(images: NDArray[np.uint8], assignments: NDArray[np.integer], num_clusters: int) -> None:
@@ -74,39 +76,8 @@ def _spread(sizes: NDArray[np.integer], rows: int) -> list[int]:
 
 def _members(
     images: NDArray[np.uint8], assignments: NDArray[np.integer], cluster: int, columns: int, seed: int
-) -> list[Image.Image]:
+) -> NDArray[np.uint8]:
     members = np.flatnonzero(assignments == cluster)
     random = np.random.default_rng((seed, cluster))
-    chosen = random.choice(members, min(columns, len(members)), replace=False)
-    return [_tile(pixels) for pixels in images[chosen]]
-
-
-def _tile(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An image of shape (C, H, W) in the size of a cell; a small one keeps its pixels as squares."""
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
-    side = max(image.size)
-    if side > _MOST:
-        width, height = (max(1, round(length * _MOST / side)) for length in image.size)
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    factor = max(1, round(_CELL / side))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def _draw(tiles: list[list[Image.Image]], labels: list[str], header: str) -> Image.Image:
-    font = ImageFont.load_default(_FONT_SIZE)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [ruler.multiline_textbbox((0, 0), text, font=font) for text in (*labels, header)]
-    header_width, strip = int(boxes[-1][2]) + 2 * _MARGIN, int(max(box[2] for box in boxes[:-1])) + 2 * _MARGIN
-    top = int(boxes[-1][3]) + 2 * _MARGIN
-    cell_width, cell_height = tiles[0][0].size
-    pitch = max(cell_height, int(max(box[3] for box in boxes[:-1]))) + _GAP  # a flat image still leaves room for text
-    width = strip + max(len(row) for row in tiles) * (cell_width + _GAP)
-    mosaic = Image.new("RGB", (max(width, header_width), top + len(tiles) * pitch), "white")
-    draw = ImageDraw.Draw(mosaic)
-    draw.text((_MARGIN, _MARGIN), header, fill="black", font=font)
-    for row, (images, label) in enumerate(zip(tiles, labels, strict=True)):
-        y = top + row * pitch
-        draw.multiline_text((_MARGIN, y + (pitch - _GAP) / 2), label, fill="black", font=font, anchor="lm")
-        for column, image in enumerate(images):
-            mosaic.paste(image, (strip + column * (cell_width + _GAP), y))
-    return mosaic
+    chosen: NDArray[np.uint8] = images[random.choice(members, min(columns, len(members)), replace=False)]
+    return chosen

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-State = Literal["complete", "stopped", "running", "failed", "probe"]
+TrialState = Literal["complete", "stopped", "paused", "running", "failed"]
+State = Literal[TrialState, "probe"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Row:
     """How thorough the clustering of a probe is, for example "full" or "low"; None where there is one kind only."""
     seed: int | None = None
     """Seed of the clustering; None where it is not told apart."""
+    train_seed: int | None = None
+    """Seed of a training that repeats another one with the same C; None for the first one."""
+    sets: tuple[float, ...] = ()
+    """Scores of several sets of images of the same model, where there are several."""
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:
@@ -48,6 +53,20 @@ class Curve:
     points: tuple[tuple[float, float], ...]
     num_images: int | None = None
     """Generated images behind each score."""
+
+
+@dataclass(frozen=True)
+class TieSet:
+    """Numbers of clusters whose scores cannot be told from the best one's."""
+
+    clusters: tuple[int, ...]
+    smallest: int
+    best: int
+    margin: float
+    """How far above the best score the band ends, as a share of it."""
+    low: float
+    """Scores from here to ``high`` are the band."""
+    high: float
 
 
 @dataclass(frozen=True)
@@ -76,8 +95,12 @@ def one_count(items: Sequence[Row] | Sequence[Curve]) -> int | None:
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
-    """The complete row with the lowest score (the smaller C where two are equal), or None where none is complete."""
-    scored = [(row.score, row.num_clusters, row) for row in rows if row.state == "complete" and row.score is not None]
+    """The complete row with the lowest score (the smaller C where two are equal), or None where none is complete.
+
+    Repeats do not compete: whoever is trained more often would win more often.
+    """
+    firsts = (row for row in rows if row.state == "complete" and row.train_seed is None)
+    scored = [(row.score, row.num_clusters, row) for row in firsts if row.score is not None]
     return min(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 

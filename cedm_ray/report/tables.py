@@ -58,7 +58,8 @@ def probes_table(
     table.add_column("C", justify="right")
     table.add_column("r_C", justify="right")
     table.add_column("against the cutoff")
-    known = [row for row in rows if row.utilization_ratio is not None]
+    # A training that repeats another one has its clustering.
+    known = [row for row in rows if row.utilization_ratio is not None and row.train_seed is None]
     origins = _origins(known)
     for name in origins:
         table.add_column(name, justify="right" if name == "seed" else "left")
@@ -113,7 +114,7 @@ def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None, group
 def to_csv(rows: Sequence[Row], metric: str) -> str:
     """All rows as CSV at full precision; what is unknown is an empty field.
 
-    Fidelity and seed are columns, the last ones, where a row has them.
+    Fidelity, seed and the seed of a repeated training are columns, the last ones, where a row has them.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -126,16 +127,18 @@ def to_csv(rows: Sequence[Row], metric: str) -> str:
 
 
 def _origins(rows: Sequence[Row]) -> list[str]:
-    """Which of the columns that say where r_C comes from are worth showing."""
-    return [name for name in ("fidelity", "seed") if any(getattr(row, name) is not None for row in rows)]
+    """Which of the columns that tell rows of the same C apart are worth showing."""
+    names = ("fidelity", "seed", "train_seed")
+    return [name for name in names if any(getattr(row, name) is not None for row in rows)]
 
 
-def _origin_key(row: Row) -> tuple[str, int]:
-    return row.fidelity or "", -1 if row.seed is None else row.seed
+def _origin_key(row: Row) -> tuple[str, int, int]:
+    return row.fidelity or "", -1 if row.seed is None else row.seed, -1 if row.train_seed is None else row.train_seed
 
 
 def _is_best(row: Row, best: int | None, grouping: str) -> bool:
-    return row.num_clusters == best and row.state == "complete" and row.grouping == grouping
+    complete = row.state == "complete" and row.train_seed is None
+    return row.num_clusters == best and complete and row.grouping == grouping
 
 
 def _header(metric: str) -> list[str]:
@@ -153,7 +156,10 @@ def _table(title: str, metric: str) -> Table:
 def _ordered(rows: Sequence[Row], *, probes: bool = True) -> list[Row]:
     return sorted(
         (row for row in rows if probes or row.state != "probe"),
-        key=lambda row: (row.num_clusters, row.grouping, row.state, row.kimg, *_origin_key(row)),
+        key=lambda row: (
+            *(row.num_clusters, row.grouping, row.train_seed is not None, row.state, row.kimg),
+            *_origin_key(row),
+        ),
     )
 
 
@@ -163,6 +169,6 @@ def _cells(row: Row) -> list[str]:
         "-" if row.utilization_ratio is None else f"{row.utilization_ratio:.4f}",
         f"{row.kimg:,.0f}" if row.kimg >= 100 or row.kimg == int(row.kimg) else f"{row.kimg:.1f}",
         "-" if row.score is None else f"{row.score:.4g}",
-        row.state,
+        row.state if row.train_seed is None else f"{row.state}, seed {row.train_seed}",
         row.grouping,
     ]

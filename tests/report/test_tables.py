@@ -140,3 +140,19 @@ def test_csv_tells_repeats_of_a_probe_apart() -> None:
         ("600", "0.955", "full", "1"),
         ("600", "0.95", "low", "0"),
     ]
+
+
+REPEATED = (ROWS[1], Row(100, 0.9987, 200_000, 1.5, "complete", train_seed=8))
+
+
+def test_a_repeated_training_is_told_by_its_seed_and_never_the_best() -> None:
+    text = plain(trials_table(REPEATED, "fd_lenet", 100))
+    body = [cells(line) for line in text.splitlines() if line.startswith("|")][1:]
+    assert [(row[0], row[4]) for row in body] == [("* 100", "complete"), ("100", "complete, seed 8")]
+    rows = list(csv.DictReader(io.StringIO(to_csv(REPEATED, "fid"))))
+    assert [row["train_seed"] for row in rows] == ["", "8"]
+
+
+def test_the_clustering_of_a_repeated_training_counts_once() -> None:
+    text = plain(probes_table(REPEATED, utilization_cutoff=0.96, c_max=None))
+    assert [line for line in text.splitlines() if line.startswith("|")][1:] == ["| 100 | 0.9987 | above              |"]
