@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from cedm_ray.errors import require
 
 Grouping = Literal["temi", "kmeans", "labels", "superclasses", "clip", "none", "file"]
 """Where the condition of the diffusion model comes from; C can be searched over for temi and kmeans."""
+SamplerName = Literal["gp", "tpe", "random"]
+RuleName = Literal["fitted", "promotion", "asha", "none"]
 DetectorName = Literal["inception", "dinov2", "backbone", "lenet"]
 SEARCHED: tuple[Grouping, ...] = ("temi", "kmeans")
 
@@ -103,47 +106,102 @@ class DiffusionSettings(NetSettings, TrainSettings):
 
 @dataclass(frozen=True)
 class GranularitySettings:
-    num_trials: int = 15
-    """Numbers of clusters C to try."""
+    sampler: SamplerName | None = None
+    """Who proposes numbers of clusters: gp (a Gaussian process over ln C that models noise), tpe or random of Optuna
+    (when not given: gp, or tpe where the file has a space of other settings)."""
+    rule: RuleName | None = None
+    """Who goes on from a rung: fitted (what the learning curves that the process fits promise), promotion (ASHA that
+    pauses at each rung and promotes), asha (ASHA that stops), or none (when not given: fitted, or promotion where the
+    file has a space of other settings)."""
+    grid_points: int = 24
+    """Numbers of clusters to choose from, log-spaced over [2, C_max): the full grid."""
+    share: float = 0.25
+    """Budget of the search, as a share of the images that the full grid would see, where no other budget is given."""
+    num_trials: int | None = None
+    """Numbers of clusters to start at most (when not given: as many as the budget allows)."""
     total_kimg: int = 100_000
     """Training of a trial that is not stopped early, in thousands of images seen."""
     grace_kimg: int = 12_500
-    """First rung of early stopping, in thousands of images seen; the next ones follow by the reduction factor."""
+    """First rung, where a trial is first scored, in thousands of images seen; the next ones follow by the reduction
+    factor."""
     reduction_factor: float = 2.0
-    """One in this many trials goes on from each rung."""
-    startup_trials: int = 5
-    """Trials of a log-spaced design over [2, C_max) before the sampler takes over."""
+    """Each rung is so many times the one before, and ASHA lets one in so many go on."""
+    rungs: tuple[int, ...] = ()
+    """The rungs themselves, ascending, in thousands of images seen, the last one being total_kimg (when not given: from
+    grace_kimg on by the reduction factor)."""
+    startup_trials: int = 4
+    """Trials of a log-spaced design over [2, C_max) before scores decide."""
+    tolerance: float = 0.0005
+    """The fitted rule ends when no further training is expected to lower the score by more than this share."""
+    retrain_spread: float = 0.015
+    """Relative standard deviation of a score over retrainings (published: 1 to 2 %)."""
+    multi_objective: bool = False
+    """Minimise the distances of all detectors together and show their Pareto front; the best is then the C with the
+    lowest geometric mean."""
     max_concurrent: int | None = None
     """Trials at once (as many as the cluster holds, when not given)."""
     baselines: bool = True
     """Also train without conditioning (C = 1) and, where labels exist, on the labels."""
 
     def __post_init__(self) -> None:
-        require(self.num_trials >= 1, "num_trials", self.num_trials, "be at least 1")
-        require(self.grace_kimg >= 1, "grace_kimg", self.grace_kimg, "be at least 1")
+        at_least_1 = ("grid_points", "grace_kimg", "startup_trials", "num_trials", "max_concurrent")
+        for name in at_least_1:
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "be at least 1")
+        require(0 < self.share <= 1, "share", self.share, "lie in (0, 1]")
         require(
-            self.total_kimg >= self.grace_kimg,
+            self.total_kimg >= self.grace_kimg or bool(self.rungs),
             "total_kimg",
             self.total_kimg,
             f"be at least grace_kimg ({self.grace_kimg})",
         )
         require(self.reduction_factor > 1, "reduction_factor", self.reduction_factor, "be above 1")
-        require(self.startup_trials >= 1, "startup_trials", self.startup_trials, "be at least 1")
-        require(
-            self.max_concurrent is None or self.max_concurrent >= 1,
-            "max_concurrent",
-            self.max_concurrent,
-            "be at least 1",
-        )
+        ascending = all(0 < a < b for a, b in pairwise([*self.rungs, self.total_kimg + 1]))
+        last = not self.rungs or self.rungs[-1] == self.total_kimg
+        wanted = f"ascend from above 0 and end with total_kimg ({self.total_kimg})"
+        require(ascending and last, "rungs", self.rungs, wanted)
+        require(self.tolerance >= 0, "tolerance", self.tolerance, "not be negative")
+        require(0 < self.retrain_spread < 1, "retrain_spread", self.retrain_spread, "lie in (0, 1)")
+
+    def sampler_name(self, *, space: bool = False) -> SamplerName:
+        """The sampler; ``space``: whether other settings are searched over beside C."""
+        return self.sampler or ("tpe" if space else "gp")
+
+    def rule_name(self, *, space: bool = False) -> RuleName:
+        """Who goes on from a rung; ``space``: whether other settings are searched over beside C."""
+        return self.rule or ("promotion" if space else "fitted")
 
     def rungs_kimg(self) -> tuple[int, ...]:
         """Where a trial is scored, in kimg: grace, grace * eta, ... and the end, ascending."""
+        if self.rungs:
+            return self.rungs
         rungs = []
         rung = float(self.grace_kimg)
         while rung < self.total_kimg:
             rungs.append(round(rung))
             rung *= self.reduction_factor
         return (*rungs, self.total_kimg)
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """What a whole search may use: baselines, the search over C, retrainings and the final training."""
+
+    mimg: float | None = None
+    """Millions of images seen in training (when none of the three is given: granularity.share of the full grid for
+    the search over C)."""
+    gpu_hours: float | None = None
+    """Hours of training and scoring, times the workers."""
+    wall_hours: float | None = None
+    """Hours from the start of the search."""
+    images_per_s: float | None = None
+    """Images that one training sees a second, to plan with until the first rung is measured (when not given: as
+    measured by earlier trainings of these settings, else a rough published figure)."""
+
+    def __post_init__(self) -> None:
+        for name in ("mimg", "gpu_hours", "wall_hours", "images_per_s"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "be above 0")
 
 
 @dataclass(frozen=True)
@@ -172,6 +230,8 @@ class ScoreSettings:
     """Clusters of generated images: drawn from q(c), or uniformly from the used clusters."""
     num_images: int = 50_000
     """Images that a trial generates at each rung."""
+    num_sets: int = 3
+    """Independent sets of images at the last rung of the search; earlier ones take one."""
     num_steps: int = 18
     """Steps of the sampler; the network is evaluated 2 * num_steps - 1 times an image."""
     batch_size: int = 256
@@ -179,6 +239,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
+        require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
         require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
         require(len(set(self.detectors)) == len(self.detectors), "also", self.also, "name each detector once")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
