@@ -20,7 +20,9 @@ from cedm_ray.errors import UserError
 from cedm_ray.settings import (
     SEARCHED,
     BoundSettings,
+    BudgetSettings,
     ClipSettings,
+    DetectorName,
     DiffusionSettings,
     EmbedSettings,
     FinalSettings,
@@ -98,6 +100,12 @@ class SearchConfig(BaseModel):
     """File with the cluster of each image, for grouping file: .npy, .csv, or .pt of tensors alone."""
     num_neighbors: int = 50
     """Nearest neighbours of each image, from which clustering draws its pairs."""
+    metric: Literal["fid", "fdd"] | None = None
+    """Score to minimise, the other one being logged beside it (when not given: score.detector and score.also)."""
+    confirm: int = 0
+    """Retrain every C that the noise cannot tell from the best one so many times, with fresh seeds."""
+    dry_run: bool = False
+    """Print the plan and what it will take, and start nothing."""
     storage_path: Path = Path("runs")
     """Folder for everything that is made; on a cluster, one that all nodes share."""
     tracking_uri: str | None = None
@@ -111,6 +119,7 @@ class SearchConfig(BaseModel):
     diffusion: DiffusionSettings = DiffusionSettings()
     score: ScoreSettings = ScoreSettings()
     granularity: GranularitySettings = GranularitySettings()
+    budget: BudgetSettings = BudgetSettings()
     final: FinalSettings = FinalSettings()
     resources: ResourceSettings = ResourceSettings()
     space: tyro.conf.Suppress[dict[str, Domain]] = {}
@@ -142,6 +151,8 @@ def _consistent(config: SearchConfig) -> SearchConfig:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    if config.confirm < 0:
+        raise UserError(f"confirm is {config.confirm}; it must not be negative")
     workers, batch = config.resources.num_workers, config.diffusion.total_batch
     if batch % workers:
         raise UserError(
@@ -154,6 +165,18 @@ def _consistent(config: SearchConfig) -> SearchConfig:
             f"({config.granularity.total_kimg})"
         )
     _check_grouping(config)
+    granularity = config.granularity
+    for name, value, way in (("rule", granularity.rule, "fitted"), ("sampler", granularity.sampler, "gp")):
+        if config.space and value == way:
+            raise UserError(
+                f"granularity.{name} is {way}, which searches over C alone, and the search space holds "
+                f"{', '.join(config.space)}; leave it out, or take the space out of the file"
+            )
+    if granularity.multi_objective and len(config.score.detectors) < 2:
+        raise UserError(
+            f"granularity.multi_objective is given, but {config.score.detector} is the only score; name others with "
+            "--score.also, or take --metric fid"
+        )
     for path, domain in config.space.items():
         _check_domain(config, path, domain)
     return config
@@ -275,7 +298,16 @@ def load(argv: Sequence[str]) -> SearchConfig:
     if dataset is not None:
         tree = {**tree, "dataset": dataset}
     default = _validated(tree, str(path))
-    return _consistent(parse_flags(SearchConfig, argv, prog="python -m cedm_ray.search", default=default))
+    return _consistent(_with_metric(parse_flags(SearchConfig, argv, prog="python -m cedm_ray.search", default=default)))
+
+
+def _with_metric(config: SearchConfig) -> SearchConfig:
+    """``metric`` as the detectors that it stands for: FID's and FDD's, the one to minimise first."""
+    if config.metric is None:
+        return config
+    names: tuple[DetectorName, ...] = ("inception", "dinov2") if config.metric == "fid" else ("dinov2", "inception")
+    also = (*names[1:], *(name for name in config.score.detectors if name not in names and name in config.score.also))
+    return config.with_values({"score.detector": names[0], "score.also": also})
 
 
 def parse_flags(kind: type[Settings], argv: Sequence[str], *, prog: str, default: Settings | None = None) -> Settings:
@@ -324,8 +356,9 @@ def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     places = ("storage_path", "tracking_uri", "data_dir", "search_space")
     files = ("backbone_weights", "detector_weights", "dinov2_weights", "assignments")
-    for name in (*places, *files, "embed", "resources"):
+    for name in (*places, *files, "embed", "resources", "dry_run", "metric"):
         tree.pop(name)
+    tree["budget"].pop("images_per_s")
     for name in ("weights", "class_names"):
         tree["clip"].pop(name)
     tree["granularity"].pop("max_concurrent")

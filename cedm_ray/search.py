@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
 from cedm_ray.data.pack import load_packed
@@ -15,6 +16,7 @@ from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
+from cedm_ray.stages.budget import Plan, Speeds, workload
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.preflight import check_inputs
@@ -50,10 +52,39 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
         terminal.line(f"{folder} is complete: all is done")
         return done
     check_inputs(config, source)
+    plan_of(config, source, storage).check()
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     with noise_to(folder / "search.log", terminal):
         return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
+
+
+def dry_run(config: SearchConfig, console: Console) -> None:
+    """Print what a search would train and what that would take; nothing is started and nothing written.
+
+    Raises:
+        UserError: If the settings cannot work, or if the budget is too small for a single training.
+    """
+    source = _open(config)
+    check_inputs(config, source)
+    plan = plan_of(config, source, config.storage_path.expanduser().absolute())
+    plan.check()
+    console.print(f"plan for {source.name}, {len(source):,} images (nothing is started)")
+    print_pairs(plan.lines(), console)
+
+
+def plan_of(config: SearchConfig, source: ImageSource, storage: Path) -> Plan:
+    """What a search of these images is going to train, as far as that is known before the cluster is."""
+    work = workload(config, has_labels=source.num_classes is not None)
+    known = Speeds(storage, config, source.resolution).known(gpus=config.resources.gpus_per_worker != 0)
+    return Plan(config, work, known, config.granularity.max_concurrent)
+
+
+def print_pairs(lines: Sequence[tuple[str, str]], console: Console) -> None:
+    """Names, aligned to the right, each with its text."""
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        console.print(f"{name:>{width}}  {escape(text)}", soft_wrap=True)
 
 
 def file_hashes(config: SearchConfig) -> dict[str, str]:
@@ -137,7 +168,11 @@ def _search(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for a mistake of the user, 130 after Ctrl-C)."""
     try:
-        result = run(load(sys.argv[1:] if argv is None else argv))
+        config = load(sys.argv[1:] if argv is None else argv)
+        if config.dry_run:
+            dry_run(config, Console(highlight=False))
+            return 0
+        result = run(config)
     except UserError as error:
         # An error that comes out of a Ray task carries the task's traceback; its cause is the line for the user.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)

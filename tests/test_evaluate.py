@@ -42,9 +42,7 @@ def run(place: Path, images: str, *flags: str) -> list[dict]:  # type: ignore[ty
     return scores
 
 
-def test_scores_are_printed_kept_and_those_of_the_libraries(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_are_printed_kept_and_those_of_the_libraries(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = {score["metric"]: score for score in run(place, "near", "--unconditional", str(place / "far"))}
     said = capsys.readouterr().out
     assert set(scores) == {"fd_lenet", "kid", "ufd_lenet", "mss", "precision", "recall", "density", "coverage"}

@@ -57,9 +57,9 @@ def test_a_model_is_trained_on_it_and_exported(tmp_path: Path, grouping: str, nu
     result = json.loads((folder / "result.json").read_text())
     assert {trial["grouping"] for trial in result["trials"]} == {grouping}
     if num_groups is None:
-        assert result["c_max"] == 30 and 2 <= result["best"] < 30 and len(result["trials"]) == 2
+        assert result["upper_bound"]["c_max"] == 30 and 2 <= result["best"] < 30 and len(result["trials"]) == 2
     else:
-        assert result["c_max"] is None and result["best"] == num_groups and result["probes"] == []
+        assert result["upper_bound"] is None and result["best"] == num_groups
         assert f"Trained on {grouping} ({num_groups} groups): fd_lenet" in done.stdout
     facts = json.loads((folder / "export" / "model.json").read_text())
     assert facts["label_dim"] == (0 if grouping == "none" else result["best"])

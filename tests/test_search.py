@@ -9,11 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors import safe_open
 
+from cedm_ray.report.__main__ import main as report
+from cedm_ray.report.read_run import read_run
+from cedm_ray.sample import main as sample
 from cedm_ray.stages.tracking import database_uri
 
 pytestmark = pytest.mark.ray
@@ -21,12 +25,16 @@ pytestmark = pytest.mark.ray
 SMALL_SETTINGS = {
     "temi": {"epochs": 8, "warmup-epochs": 1},
     "bound": {"c-start": 150, "precision": 2.0, "low-heads": 2, "low-spread": 0.6, "lower-clusters": 250},
-    "granularity": {"num-trials": 3, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
-    "score": {"num-images": 200, "num-steps": 4, "also": "backbone"},
+    "granularity": {"num-trials": 3, "share": 0.2, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
+    "score": {"num-images": 200, "num-steps": 4, "also": "backbone", "num-sets": 2},
     "final": {"total-kimg": 5, "num-images": 150, "num-sets": 2},
 }
 SMALL = [f"--{group}.{name}={value}" for group, values in SMALL_SETTINGS.items() for name, value in values.items()]
 SMALL.append("--bound.lower")
+FIGURES = (
+    "score_by_clusters.png", "metrics_by_clusters.png", "score_by_kimg.png", "sample_efficiency.png",
+    "samples_by_clusters.png", "confidence.png",
+)  # fmt: skip
 
 
 def command(storage: Path, *flags: str) -> list[str]:
@@ -69,7 +77,10 @@ def finished(interrupted: tuple[Path, str]) -> tuple[Path, subprocess.CompletedP
 
 
 def test_the_killed_search_had_got_to_its_trials(interrupted: tuple[Path, str]) -> None:
-    assert "C_max is" in interrupted[1] and "unconditional: 4 kimg" in interrupted[1]
+    storage, said = interrupted
+    assert "C_max is" in said and "unconditional: 4 kimg" in said
+    (folder,) = storage.glob("digits-*")
+    assert read_run(folder).best is None and report([str(folder)]) == 0  # what there is so far can be looked at
 
 
 def test_the_same_command_goes_on_and_repeats_nothing(
@@ -113,7 +124,9 @@ def test_the_table_holds_the_trials_the_baselines_and_nothing_at_or_above_c_max(
 ) -> None:
     result = result_of(finished[0])
     temi = [trial for trial in result["trials"] if trial["grouping"] == "temi"]
-    assert len({trial["num_clusters"] for trial in temi}) == len(temi) == 3
+    assert len({trial["num_clusters"] for trial in temi}) == len(temi) and 2 <= len(temi) <= 3
+    assert sum(trial["rungs"][-1]["kimg"] for trial in temi if trial["num_clusters"] != result["best"]) <= 0.2 * 12 * 4
+    assert {trial["state"] for trial in temi} <= {"complete", "stopped"}
     upper = result["upper_bound"]["interval"][1]
     assert result["searched"] == [2, upper]
     assert all(2 <= trial["num_clusters"] < upper for trial in temi)
@@ -123,6 +136,13 @@ def test_the_table_holds_the_trials_the_baselines_and_nothing_at_or_above_c_max(
     complete = {t["num_clusters"]: t["rungs"] for t in temi if t["state"] == "complete"}
     at_the_end = {c: next(r["score"] for r in rungs if r["kimg"] == 4) for c, rungs in complete.items()}
     assert result["best"] == min(at_the_end, key=lambda c: at_the_end[c])
+    assert result["best"] in result["tie_set"]["clusters"] and result["tie_set"]["smallest"] <= result["best"]
+    for rungs in complete.values():
+        (end,) = (rung for rung in rungs if rung["kimg"] == 4)
+        assert len(end["score_sets"]) == 2 and end["score"] == pytest.approx(sum(end["score_sets"]) / 2)
+    spent = sum(trial["rungs"][-1]["kimg"] for trial in result["trials"]) / 1000
+    assert result["costs"]["spent_mimg"] == pytest.approx(spent) and result["costs"]["grid_mimg"] > spent
+    assert result["costs"]["device_hours"] > 0
     assert result["final"]["kimg"] == 5 and result["final"]["num_sets"] == 2 and result["final"]["mean"] > 0
 
 
@@ -177,6 +197,7 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
             points = client.get_metric_history(run.info.run_id, f"{metric}_200")  # the count is part of the name
             assert [(p.step, p.value) for p in points] == [(rung["kimg"], rung[metric]) for rung in trial["rungs"]]
         assert run.data.params["fd_lenet.count"] == "1797" and len(run.data.params["fd_lenet.weights_hash"]) == 64
+        assert run.data.metrics["device_hours"] > 0
         assert run.data.metrics["utilization_ratio"] == trial["utilization_ratio"]
         assert ("anmi" in run.data.metrics) == (trial["grouping"] != "none")
         assert run.data.tags["state"] == trial["state"] and run.data.tags["grouping"] == trial["grouping"]
@@ -186,7 +207,9 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
         losses = client.get_metric_history(run.info.run_id, "head_loss")
         assert [point.step for point in losses] == ([0, 1, 2, 3] if trial["grouping"] == "temi" else [])
     names = {file.path for file in client.list_artifacts(result["run_id"])}
-    assert {"score_by_clusters.png", "score_by_kimg.png", "upper_bound.png", "trials.csv", "export"} <= names
+    assert {*FIGURES, "upper_bound.png", "trials.csv", "groupings.md", "export"} <= names
+    assert parents[0].data.metrics["spent_mimg"] == result["costs"]["spent_mimg"]
+    assert parents[0].data.metrics["tie_set_smallest"] == result["tie_set"]["smallest"]
     probes = [run for run in runs if run.data.tags.get("stage") == "upper_bound"]
     assert sorted(int(run.data.tags["C"]) for run in probes) == sorted(p["num_clusters"] for p in bound["probes"])
     assert {"low", "full"} == {probe["fidelity"] for probe in bound["probes"]}
@@ -198,6 +221,25 @@ def test_mlflow_holds_one_parent_and_one_child_per_trial_and_no_point_twice(
         assert abs(sum(h.value for h in heads) / len(heads) - run.data.metrics["mean_utilization_ratio"]) < 1e-9
         assert "clusters.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
     assert 0.9 < parents[0].data.metrics["knn_accuracy_20"] < 1
+
+
+def test_the_report_command_makes_every_figure_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (folder,) = finished[0].glob("digits-*")
+    assert report([str(folder), "--out", str(tmp_path / "report")]) == 0
+    made = {file.name for file in (tmp_path / "report").iterdir()}
+    assert made >= set(FIGURES) and all((folder / name).is_file() for name in FIGURES)
+
+
+def test_samples_of_the_finished_run_are_those_of_its_export(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (folder,) = finished[0].glob("digits-*")
+    picture = tmp_path / "samples.png"
+    assert sample(["--run", str(folder), "--num", "64", "--seed", "0", "--out", str(picture)]) == 0
+    made, kept = (np.asarray(Image.open(file)).astype(int) for file in (picture, folder / "export" / "samples.png"))
+    assert made.shape == kept.shape and np.abs(made - kept).max() <= 1  # sums in another order, at most
 
 
 def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(
@@ -218,7 +260,9 @@ def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(
         (["--num-neighbors", "1797"], "num_neighbors is 1797; it must be below 1797"),
         (["--score.num-images", "63"], "score.num_images is 63; it must be at least 64"),
         (["--diffusion.channel-mult", "1", "2", "2", "2", "2"], "diffusion: "),
-        (["--resources.num-workers", "64"], "resources.num_workers is 64 with 1 CPU"),
+        (["--resources.num-workers", "64"], "resources.num_workers is 64"),
+        (["--budget.mimg", "0.01"], "budget.mimg is 0.01"),
+        (["--granularity.multi-objective"], "granularity.multi_objective is given, but lenet is the only score"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
     ],
 )

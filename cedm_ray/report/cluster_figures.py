@@ -111,7 +111,7 @@ def _draw_scores(
 ) -> None:
     """The scores of trials against C: the state in the marker, the best starred, repeats small, the tie set filled."""
     scored = [row for row in rows if row.score is not None]
-    if tie_set is not None:
+    if tie_set is not None and tie_set.low is not None and tie_set.high is not None:
         share = f"within {100 * tie_set.margin:.2g} % of the best"
         axes.axhspan(tie_set.low, tie_set.high, color=ORANGE, alpha=0.18, linewidth=0, label=share, zorder=0)
     for state, label, style in _STATES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def _score_by_clusters(run: Run) -> Figure:
         utilization_cutoff=run.cutoff,
         baselines=run.baselines(),
         interval=run.interval,
-        tie_set=run.tie_set,
+        tie_set=run.tie_set if run.pareto is None or run.tie_set is None else replace(run.tie_set, low=None, high=None),
     )
 
 

@@ -64,9 +64,9 @@ class TieSet:
     best: int
     margin: float
     """How far above the best score the band ends, as a share of it."""
-    low: float
-    """Scores from here to ``high`` are the band."""
-    high: float
+    low: float | None
+    """Scores from here to ``high`` are the band; None where several scores were minimised together."""
+    high: float | None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -46,13 +48,13 @@ def connected(config: SearchConfig) -> Iterator[Shares]:
         The shares of the cluster that the stages ask for.
 
     Raises:
-        UserError: If one training can never fit into the cluster.
+        UserError: If one training or one clustering can never fit into the cluster.
     """
     ours = not ray.is_initialized()
     if ours:
         _start()
     try:
-        yield shares(config.resources, ray.cluster_resources())
+        yield shares(config.resources, ray.nodes())
     finally:
         if ours:
             ray.shutdown()
@@ -81,33 +83,79 @@ def _start() -> None:
         del os.environ["RAY_GCS_SERVER_PORT"]
 
 
-def shares(settings: ResourceSettings, total: dict[str, float]) -> Shares:
-    """What one training and one clustering take of a cluster with these resources in all.
+def shares(settings: ResourceSettings, nodes: Iterable[Mapping[str, Any]]) -> Shares:
+    """What one training and one clustering take of a cluster, and how many of each it holds at once.
+
+    A worker and a clustering each lie on one node; the workers of a training may lie on several.
+
+    Args:
+        settings: What they ask for.
+        nodes: The nodes as ``ray.nodes()`` lists them, with ``Alive`` and ``Resources``.
 
     Raises:
-        UserError: If one training asks for more than the whole cluster has.
+        UserError: If a worker or a clustering fits on no node, or the nodes do not hold all workers of one training.
     """
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    has = [
+        _Room(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]
+    ]
+    total = _Room(sum(node.cpus for node in has), sum(node.gpus for node in has))
     gpus_per_worker = settings.gpus_per_worker
     if gpus_per_worker is None:
-        gpus_per_worker = 1.0 if gpus else 0.0
-    fits = cpus / (settings.num_workers * settings.cpus_per_worker)
-    if gpus_per_worker:
-        fits = min(fits, gpus / (settings.num_workers * gpus_per_worker))
-    if fits < 1:
+        gpus_per_worker = 1.0 if total.gpus else 0.0
+    worker = _Room(settings.cpus_per_worker, gpus_per_worker)
+    probe = _Room(min(settings.cpus_per_probe, total.cpus), 1.0 if total.gpus else 0.0)
+    workers = _fitting(worker, has, "a worker", "--resources.cpus-per-worker or --resources.gpus-per-worker")
+    probes = _fitting(probe, has, "a clustering", "--resources.cpus-per-probe")
+    if workers < settings.num_workers:
         raise UserError(
-            f"resources.num_workers is {settings.num_workers} with {settings.cpus_per_worker:g} CPU and "
-            f"{gpus_per_worker:g} GPU each, but the cluster has {cpus:g} CPU and {gpus:g} GPU in all; "
-            f"lower --resources.num-workers or --resources.cpus-per-worker"
+            f"resources.num_workers is {settings.num_workers} with {worker} each, but the cluster holds {workers} of "
+            f"them ({total} in all); lower --resources.num-workers or --resources.cpus-per-worker"
         )
-    cpus_per_probe, gpus_per_probe = min(settings.cpus_per_probe, cpus), min(1.0, gpus)
-    probes_fit = cpus / cpus_per_probe if not gpus else min(cpus / cpus_per_probe, gpus / gpus_per_probe)
     return Shares(
         num_workers=settings.num_workers,
-        cpus_per_worker=settings.cpus_per_worker,
-        gpus_per_worker=gpus_per_worker,
-        cpus_per_probe=cpus_per_probe,
-        gpus_per_probe=gpus_per_probe,
-        max_trials=int(fits),
-        max_probes=max(1, int(probes_fit)),
+        cpus_per_worker=worker.cpus,
+        gpus_per_worker=worker.gpus,
+        cpus_per_probe=probe.cpus,
+        gpus_per_probe=probe.gpus,
+        max_trials=workers // settings.num_workers,
+        max_probes=probes,
     )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """CPUs and GPUs that a node has, or that something asks for."""
+
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
+
+    def holds(self, asked: _Room) -> int:
+        """How many of these fit in here at once."""
+        found = _units(self.cpus) // max(1, _units(asked.cpus))
+        if asked.gpus == 0:
+            return found
+        if asked.gpus >= 1:
+            return min(found, int(self.gpus) // math.ceil(asked.gpus))
+        # A share is of one GPU: what is left over of two GPUs makes none together.
+        return min(found, int(self.gpus) * (_units(1) // max(1, _units(asked.gpus))))
+
+
+def _units(resource: float) -> int:
+    """In the units of 1/10000 in which Ray counts, so that three tenths hold one tenth three times."""
+    return round(resource * 10_000)
+
+
+def _fitting(asked: _Room, nodes: Sequence[_Room], what: str, flags: str) -> int:
+    """How many of something fit on all nodes at once.
+
+    Raises:
+        UserError: If it fits on none.
+    """
+    found = sum(node.holds(asked) for node in nodes)
+    if not found:
+        largest = max(nodes, key=lambda node: (node.gpus if asked.gpus else 0, node.cpus), default=_Room(0, 0))
+        raise UserError(f"{what} asks for {asked} of one node, but the largest has {largest}; lower {flags}")
+    return found

@@ -19,35 +19,38 @@ from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, sco
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.decide import Decision
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.export import export_model
 from cedm_ray.stages.features import DetectorSpec, FeatureParts
-from cedm_ray.stages.granularity import Ledger, tune_trials
 from cedm_ray.stages.images import pack_images
+from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.records import FinalScore, TrialRecord
+from cedm_ray.stages.records import FinalScore
 from cedm_ray.stages.scoring import Reference
 from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trial import samples_stats_file
+from cedm_ray.stages.trials import TrialSource, tune_trials
 
 EXPORT_FOLDER = "export"
 EVALUATION_FILE = "evaluation.json"
 
 
-def train_final(ctx: Context, ledger: Ledger, best: TrialRecord, embeddings: Embeddings) -> FinalScore:
+def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Embeddings) -> FinalScore:
     """Train the best trial on to the full budget, evaluate and export it; goes on from its newest checkpoint.
 
     Args:
         ctx: The search.
         ledger: Where trials are written down.
-        best: The trial to go on with.
+        decision: Which trial to go on with.
         embeddings: The embeddings and their neighbours.
     """
-    total_kimg = ctx.config.final.total_kimg
+    total_kimg, best = ctx.config.final.total_kimg, decision.best
     job = ledger.planner.job(best.params, total_kimg=total_kimg)
     if not job.finally_scored(best.rungs[-1]):
         with ctx.terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", ctx.board):
-            tune_trials(ctx, ledger, "final", embeddings, params=best.params, total_kimg=total_kimg)
+            source = TrialSource(ledger, [best.params])
+            tune_trials(ctx, ledger, "final", embeddings, source, at_once=1, total_kimg=total_kimg)
     record = next(record for record in ledger.records if record.key == best.key)
     last = record.rungs[-1]
     if record.state != "complete" or not job.finally_scored(last):
@@ -66,7 +69,8 @@ def train_final(ctx: Context, ledger: Ledger, best: TrialRecord, embeddings: Emb
         export=str(export),
         scores=tuple(asdict(score) for score in (*distances, *others)),
     )
-    export_model(job, Path(last["checkpoint_path"]), export, {"score": asdict(final), "metric": job.scoring.metric})
+    facts = {"score": asdict(final), "metric": job.scoring.metric, "tie_set": asdict(decision.ties)}
+    export_model(job, Path(last["checkpoint_path"]), export, facts)
     return final
 
 

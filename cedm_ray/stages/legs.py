@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-Verdict = Literal["continue", "pause", "stop"]
+from cedm_ray.granularity.runs import Leg
+from cedm_ray.granularity.search import Verdict
+
 ACTIONS = {"continue": TrialScheduler.CONTINUE, "pause": TrialScheduler.PAUSE, "stop": TrialScheduler.STOP}
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of one run (one training), from one rung to a later one."""
-
-    key: str
-    """Of the run; the same for all its legs."""
-    params: Mapping[str, Any]
-    """What the Tune function gets as its config."""
-    start_kimg: int
-    """0 for a new run; rungs up to here have been heard of."""
-    stop_kimg: int
 
 
 class LegSource(Protocol):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from cedm_ray.clustering.knn_accuracy import knn_accuracy
 from cedm_ray.errors import UserError
 from cedm_ray.settings import SEARCHED
+from cedm_ray.stages.budget import Account, Speeds, Spent, costs, workload
+from cedm_ray.stages.confidence import make_confidence
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.decide import confirm, decide
 from cedm_ray.stages.embed import Embeddings, embed, find_neighbors
 from cedm_ray.stages.final import train_final
-from cedm_ray.stages.granularity import Ledger, best_of, search_granularity
-from cedm_ray.stages.groupings import given_groupings
+from cedm_ray.stages.granularity import grid, search_granularity, trials_at_once
+from cedm_ray.stages.groupings import MOSAIC_FILE, given_groupings
+from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.lower_bound import LowerBound, find_lower_bound
 from cedm_ray.stages.plan import Planner
-from cedm_ray.stages.result import SearchResult, write_result
-from cedm_ray.stages.scoring import prepare_scoring
+from cedm_ray.stages.result import SearchResult, write_result, write_so_far
+from cedm_ray.stages.scoring import Scoring, prepare_scoring
 from cedm_ray.stages.tracking import ui_command
 from cedm_ray.stages.upper_bound import UpperBound, find_upper_bound
 
@@ -52,33 +58,83 @@ def find_visual_groups(ctx: Context) -> SearchResult:
         scoring=scoring,
     )
     ledger = Ledger(ctx, planner)
-    records = search_granularity(ctx, ledger, points, embeddings)
-    best = best_of(records, config.granularity.total_kimg, config.grouping)
-    if best is None:
+    account = open_account(ctx, len(grid(points, config.granularity.grid_points)) if points else 0)
+    for name, text in account.plan().lines():
+        terminal.line(f"  {name:>9}  {text}")
+    base = _base(ctx, scoring, upper, lower, points)
+    ledger.on_change = lambda: write_so_far(ctx, base, ledger.records)
+    records = search_granularity(ctx, ledger, points, embeddings, account)
+    decision = decide(records, config, scoring.metrics)
+    if decision is None:
         raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
-    terminal.line(f"the best number of clusters is {best.num_clusters}", style="bold")
-    final = train_final(ctx, ledger, best, embeddings)
+    terminal.line(decision.sentence(), style="bold")
+    if config.confirm and points:
+        confirm(ctx, ledger, decision, embeddings, account)
+        decision = decide(ledger.records, config, scoring.metrics) or decision
+        terminal.line(decision.sentence(), style="bold")
+    final = train_final(ctx, ledger, decision, embeddings)
+    job = planner.job(decision.best.params, total_kimg=config.final.total_kimg)
+    with terminal.stage("ranking samples by confidence", board):
+        confidence = make_confidence(ctx, ledger, job, Path(final.export))
+    records = ledger.records
     result = SearchResult(
-        name=ctx.folder.name,
-        folder=str(ctx.folder),
-        grouping=config.grouping,
-        metric=scoring.metric,
-        scored=asdict(scoring.facts),
-        num_images=config.score.num_images,
-        total_kimg=config.granularity.total_kimg,
-        cutoff=config.bound.cutoff,
-        upper_bound=upper,
-        lower_bound=lower,
-        searched=(points.start, points.stop) if points else None,
-        trials=tuple(ledger.records),
-        best=best.num_clusters,
+        **base,
+        trials=tuple(records),
+        best=decision.ties.best,
+        tie_set=decision.ties,
+        pareto=decision.pareto,
         final=final,
-        tracking_uri=ctx.tracker.uri,
-        ui_command=ui_command(ctx.tracker.uri),
-        run_id=ctx.tracker.parent_id,
+        mosaics=_mosaics(ledger),
+        confidence=None if confidence is None else str(confidence),
+        costs=costs(Spent.of(records), account.work),
     )
     write_result(ctx, result)
     return result
+
+
+def open_account(ctx: Context, grid_points: int) -> Account:
+    """What the search over C may train, from the settings and from what is known of the speed."""
+    config, at_once = ctx.config, trials_at_once(ctx)
+    work = workload(config, has_labels=ctx.packed.class_labels is not None, grid_points=grid_points)
+    speeds = Speeds(ctx.folder.parent, config, ctx.packed.resolution)
+    known = speeds.known(gpus=ctx.shares.gpus_per_worker > 0)
+    return Account(config, work, known, at_once, ctx.terminal.started_s, speeds)
+
+
+def _base(
+    ctx: Context, scoring: Scoring, upper: UpperBound | None, lower: LowerBound | None, points: range
+) -> dict[str, Any]:
+    """What of the result is known before the first training."""
+    config = ctx.config
+    return {
+        "name": ctx.folder.name,
+        "folder": str(ctx.folder),
+        "grouping": config.grouping,
+        "metric": scoring.metric,
+        "metrics": scoring.metrics,
+        "scored": asdict(scoring.facts),
+        "images_sha256": ctx.packed.facts.pixels_sha256,
+        "num_images": config.score.num_images,
+        "total_kimg": config.granularity.total_kimg,
+        "cutoff": config.bound.cutoff,
+        "upper_bound": upper,
+        "lower_bound": lower,
+        "searched": (points.start, points.stop) if points else None,
+        "tracking_uri": ctx.tracker.uri,
+        "ui_command": ui_command(ctx.tracker.uri),
+        "run_id": ctx.tracker.parent_id,
+    }
+
+
+def _mosaics(ledger: Ledger) -> dict[int, str]:
+    """Pictures of the clusterings by C."""
+    conditions = [ledger.planner.job(record.params) for record in ledger.records]
+    found: dict[int, str] = {}
+    for job in conditions:
+        picture: Path | None = None if job.clustering is None else job.clustering.path / MOSAIC_FILE
+        if picture is not None and picture.is_file():
+            found[job.num_clusters] = str(picture)
+    return found
 
 
 def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:

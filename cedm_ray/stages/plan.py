@@ -13,13 +13,16 @@ from cedm_ray.stages.groupings import ClusteringJob, GivenGrouping, clustering_j
 from cedm_ray.stages.scoring import Scoring
 from cedm_ray.stages.store import Store
 
+OWN_PARAMS = ("grouping", "num_clusters", "train_seed")
+"""Parameters of a trial that are no settings."""
+
 
 @dataclass(frozen=True)
 class TrialJob:
     """One training of C-EDM: everything that decides it, and where it is kept."""
 
     label: str
-    """What a person calls it: C=17, unconditional, labels."""
+    """What a person calls it: C=17, C=17 (seed 3), unconditional, labels (10)."""
     grouping: str
     """Where the condition comes from: temi, kmeans, labels, superclasses, clip, file or none."""
     num_clusters: int
@@ -33,6 +36,8 @@ class TrialJob:
     scoring: Scoring
     rungs_kimg: tuple[int, ...]
     """Where the model is scored and checkpointed, ascending, in thousands of images seen."""
+    search_kimg: int
+    """Where the search ends, and with it the comparison of trials; a final training goes on."""
     final_sets: int
     """Sets of images to score after the last rung."""
     final_images: int
@@ -84,12 +89,16 @@ class Planner:
         """The job of a trial.
 
         Args:
-            params: ``grouping``, ``num_clusters``, and dotted paths of other settings.
+            params: ``grouping``, ``num_clusters``, for a retraining ``train_seed``, and dotted paths of other settings.
+                ``train_seed`` stands for the search's seed in everything of the training (first weights, order,
+                noise) and in the images that score it, so that the scores of retrainings are independent; the
+                clustering stays the search's.
             total_kimg: Train to the final budget instead of the search's, and score the final sets there.
         """
         grouping, num_clusters = str(params["grouping"]), int(params["num_clusters"])
-        others = {name: value for name, value in params.items() if name not in ("grouping", "num_clusters")}
+        others = {name: value for name, value in params.items() if name not in OWN_PARAMS}
         config = self.config.with_values(others) if others else self.config
+        seed = int(params.get("train_seed", config.seed))
         clustering: ClusteringJob | None = None
         condition: Path | None = None
         source: dict[str, Any] = {"none": 1}
@@ -110,10 +119,10 @@ class Planner:
             "scoring": [asdict(reference.facts) for reference in self.scoring.references],
             "rungs_kimg": config.granularity.rungs_kimg(),
             "num_workers": config.resources.num_workers,
-            "seed": config.seed,
+            "seed": seed,
         }
         return TrialJob(
-            label=_label(grouping, num_clusters),
+            label=_label(grouping, num_clusters) + (f" (seed {seed})" if seed != config.seed else ""),
             grouping=grouping,
             num_clusters=num_clusters,
             clustering=clustering,
@@ -123,10 +132,11 @@ class Planner:
             score=config.score,
             scoring=self.scoring,
             rungs_kimg=rungs,
+            search_kimg=config.granularity.total_kimg,
             final_sets=config.final.num_sets if final else 0,
             final_images=config.final.num_images,
             num_workers=config.resources.num_workers,
-            seed=config.seed,
+            seed=seed,
             inputs=inputs,
             path=self.store.path("trials", inputs),
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cedm_ray.stages.plan import TrialJob
 
 RECORD_FILE = "trial.json"
-State = Literal["running", "stopped", "complete", "failed"]
+State = Literal["running", "paused", "stopped", "complete", "failed"]
 Rung = Mapping[str, Any]
 
 
@@ -35,7 +35,7 @@ class TrialRecord:
 
     @property
     def over(self) -> bool:
-        return self.state != "running"
+        return self.state not in ("running", "paused")
 
     def rung_at(self, kimg: int) -> Rung | None:
         """The report at so many kimg, or the last one before."""

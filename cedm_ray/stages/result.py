@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,16 @@ import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 
+from cedm_ray.granularity.decision import TieSet
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.scores import Score, series_name
 from cedm_ray.report.bound_figure import FittedCurve
-from cedm_ray.report.figures import curves_figure, score_figure
-from cedm_ray.report.rows import Curve, Row
-from cedm_ray.report.tables import probes_table, scores_table, to_csv, to_markdown, trials_table
+from cedm_ray.report.pages import efficiencies
+from cedm_ray.report.read_run import RESULT_FILE, SO_FAR_FILE
+from cedm_ray.report.rows import Row
+from cedm_ray.report.run import Run
+from cedm_ray.report.tables import probes_table, scores_table, to_markdown, trials_table
+from cedm_ray.report.write import write_report
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import ProbeRecord
 from cedm_ray.stages.records import FinalScore, TrialRecord
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from cedm_ray.stages.context import Context
     from cedm_ray.stages.tracking import Tracker
 
-RESULT_FILE = "result.json"
 COMPARABLE = ("fid", "fdd")
 NOT_COMPARABLE = "; not comparable with FID or FDD"
 
@@ -42,9 +45,13 @@ class SearchResult:
     grouping: str
     """What makes the clusters: temi, kmeans, or a grouping whose C is given."""
     metric: str
-    """Name of the score, lower is better."""
+    """Name of the score that decides, lower is better."""
+    metrics: tuple[str, ...]
+    """Names of all scores, the deciding one first."""
     scored: Mapping[str, Any]
     """What makes the score comparable: detector, weights, resize, dtype, dimensions, number of real images."""
+    images_sha256: str
+    """Digest of the real images."""
     num_images: int
     """Generated images behind each score of the search."""
     total_kimg: int
@@ -57,7 +64,17 @@ class SearchResult:
     trials: tuple[TrialRecord, ...]
     best: int
     """The number of clusters with the lowest score: the visual groups, C_V."""
+    tie_set: TieSet
+    """The numbers of clusters that noise cannot tell from it."""
+    pareto: tuple[int, ...] | None
+    """Numbers of clusters that no other one beats in all scores, where several are minimised."""
     final: FinalScore
+    mosaics: Mapping[int, str]
+    """Pictures of the clusterings, by C."""
+    confidence: str | None
+    """File of the samples that the clustering is most and least sure of."""
+    costs: Mapping[str, float | None]
+    """Images seen, device-hours and energy, and what the full grid would have seen."""
     tracking_uri: str
     ui_command: str
     run_id: str
@@ -103,29 +120,11 @@ class SearchResult:
         """The trials as a data frame, one row each."""
         return pd.DataFrame([asdict(row) for row in self.rows(probes=False)])
 
-    def figures(self) -> dict[str, Any]:
-        """Matplotlib figures by file name."""
-        shown = [row for row in self.rows() if row.grouping == self.grouping]
-        curves = [
-            Curve(
-                trial.label,
-                trial.num_clusters if trial.grouping == self.grouping else None,
-                tuple((rung["kimg"], rung["score"]) for rung in trial.rungs),
-                self.num_images,
-            )
-            for trial in self.trials
-            if trial.rungs
-        ]
-        return {
-            "score_by_clusters.png": score_figure(
-                shown, metric=self.metric, c_max=self.c_max, utilization_cutoff=self.cutoff, baselines=self.baselines()
-            ),
-            "score_by_kimg.png": curves_figure(curves, metric=self.metric),
-        }
-
-    def track(self, tracker: Tracker) -> None:
+    def track(self, tracker: Tracker, files: Sequence[Path]) -> None:
         """Tell MLflow's parent run: the figures of the search, the tables and the pictures."""
         found: dict[str, float] = {"best_num_clusters": self.best, "final_kimg": self.final.kimg}
+        found |= {"tie_set_smallest": self.tie_set.smallest, "tie_set_size": len(self.tie_set.clusters)}
+        found |= {name: value for name, value in self.costs.items() if value is not None}
         if self.upper_bound is not None:
             found["c_max"] = self.upper_bound.c_max
             if self.upper_bound.interval is not None:
@@ -145,8 +144,8 @@ class SearchResult:
         for probe in self.upper_bound.probes if self.upper_bound else ():
             name = "utilization_ratio_by_clusters" + ("" if probe.fidelity == "full" else "_low_fidelity")
             tracker.points(self.run_id, {name: probe.ratio}, step=probe.num_clusters)
-        for name in ("score_by_clusters.png", "score_by_kimg.png", "trials.csv"):
-            tracker.artifact(self.run_id, Path(self.folder) / name)
+        for file in files:
+            tracker.artifact(self.run_id, file)
         for file in sorted(Path(self.final.export).iterdir()):
             tracker.artifact(self.run_id, file, "export")
         table = to_markdown(self.rows(probes=False), self.metric, self.best, self.grouping)
@@ -170,15 +169,32 @@ class SearchResult:
 
 
 def write_result(ctx: Context, result: SearchResult) -> None:
-    """Keep a result with its table and its figures in the folder of its run and in MLflow.
+    """Keep a result with its tables and figures in the folder of its run and in MLflow.
 
     The JSON comes last: what makes a search count as done is written when everything else is.
     """
-    (ctx.folder / "trials.csv").write_text(to_csv(result.rows(), result.metric), encoding="utf-8")
-    for name, figure in result.figures().items():
-        figure.savefig(ctx.folder / name, dpi=120)
-    result.track(ctx.tracker)
-    write_json(ctx.folder / RESULT_FILE, asdict(result))
+    tree = asdict(result)
+    run = Run.from_tree(tree, ctx.folder)
+    files = write_report(run, ctx.folder)
+    result.track(ctx.tracker, files)
+    factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(run)}
+    ctx.tracker.points(result.run_id, {name: factor for name, factor in factors.items() if factor is not None})
+    write_json(ctx.folder / RESULT_FILE, tree)
+    (ctx.folder / SO_FAR_FILE).unlink(missing_ok=True)
+
+
+def _plain(label: str) -> str:
+    """A label as part of a metric's name."""
+    return label.split(" ")[0]
+
+
+def write_so_far(ctx: Context, base: Mapping[str, Any], records: Sequence[TrialRecord]) -> None:
+    """Keep what a search has found so far, for whoever looks at it while it goes on."""
+    tree = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in base.items()
+    }
+    write_json(ctx.folder / SO_FAR_FILE, {**tree, "trials": [asdict(record) for record in records]})
 
 
 def read_result(folder: Path) -> SearchResult | None:
@@ -191,6 +207,10 @@ def read_result(folder: Path) -> SearchResult | None:
         tree["upper_bound"] = _upper_bound(tree["upper_bound"])
     if tree["lower_bound"] is not None:
         tree["lower_bound"] = LowerBound(tuple((given, used) for given, used in tree["lower_bound"]["used"]))
+    tree["tie_set"] = TieSet(**{**tree["tie_set"], "clusters": tuple(tree["tie_set"]["clusters"])})
+    for name in ("metrics", "pareto", "searched"):
+        tree[name] = None if tree[name] is None else tuple(tree[name])
+    tree["mosaics"] = {int(c): file for c, file in tree["mosaics"].items()}
     return SearchResult(**{**tree, "final": FinalScore(**tree["final"])})
 
 
@@ -204,6 +224,17 @@ def _upper_bound(tree: Mapping[str, Any]) -> UpperBound:
             "curve": None if curve is None else FittedCurve(**{name: tuple(line) for name, line in curve.items()}),
         }
     )
+
+
+def _cost(costs: Mapping[str, float | None]) -> str:
+    """What the search has cost, in words."""
+    spent, grid = costs["spent_mimg"] or 0.0, costs["grid_mimg"] or 0.0
+    said = f"{spent:,.4g} Mimg"
+    if grid > spent:
+        said += f" (a full grid: {grid:,.4g})"
+    hours, energy = costs["device_hours"], costs["energy_kwh"]
+    said += f", {hours:,.3g} device-hours" if hours else ""
+    return said + (f", {energy:,.3g} kWh" if energy else "")
 
 
 def show(result: SearchResult, console: Console) -> None:
@@ -231,7 +262,15 @@ def show(result: SearchResult, console: Console) -> None:
             for i, (label, value) in enumerate({best.label: rung["score"], **result.baselines()}.items())
         ),
     ]
+    ties, costs = result.tie_set, result.costs
     lines += [
+        (
+            "tie set",
+            f"C = {', '.join(map(str, ties.clusters))} within the noise of {ties.margin:.1%}; "
+            f"the smallest is {ties.smallest}",
+        ),
+        *((("Pareto front", f"C = {', '.join(map(str, result.pareto))}"),) if result.pareto else ()),
+        ("cost", _cost(costs)),
         *((("lower bound", result.lower_bound.sentence()),) if result.lower_bound else ()),
         ("final", result.sentence()),
         (

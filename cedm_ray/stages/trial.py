@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -33,11 +34,13 @@ from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.cluster import Shares
 from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.energy import Meter
 from cedm_ray.stages.plan import Planner, TrialJob
 
 STATE_FILE = "state.safetensors"
 RUNGS_FILE = "rungs.json"
 SAMPLES_FILE = "samples.png"
+SAMPLE_PIXELS_FILE = "samples.npy"
 NUM_SAMPLES = 64
 
 Rung = dict[str, Any]
@@ -70,7 +73,7 @@ def run_trial(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     job = planner.job(config, total_kimg=total_kimg)
-    if job.clustering is not None:
+    if job.clustering is not None and planner.store.facts(job.clustering.path) is None:
         # Outside the trial's own share, which is a place on the head and no CPU.
         task = ray.remote(groupings.fit).options(
             num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe, scheduling_strategy="DEFAULT"
@@ -78,7 +81,12 @@ def run_trial(
         ray.get(task.remote(job.clustering, embeddings, shares.cpus_per_probe, board))
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "board": board, "threads": max(1, round(shares.cpus_per_worker))},
+        train_loop_config={
+            "job": job,
+            "board": board,
+            "threads": max(1, round(shares.cpus_per_worker)),
+            "gpus": shares.gpus_per_worker,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=shares.num_workers,
             use_gpu=shares.gpus_per_worker > 0,
@@ -91,7 +99,7 @@ def run_trial(
             name=job.checkpoints.name,
             storage_path=str(job.path),
             callbacks=[TuneReportCallback()],
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3 if job.final_sets else 2),
             failure_config=ray.train.FailureConfig(max_failures=1),
         ),
     )
@@ -106,7 +114,7 @@ def train_worker(loop: Mapping[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     beat = Beat(loop["board"], job.key, job.label, job.rungs_kimg[-1], "kimg")
-    worker = Worker(job, rank, world_size, device)
+    worker = Worker(job, rank, world_size, device, gpus=loop["gpus"])
     worker.board = loop["board"]
     try:
         for rung in worker.restore():
@@ -127,9 +135,17 @@ def _report(worker: Worker, rung: Rung) -> None:
 
 
 class Worker:
-    """One process of a training: its share of the batch and of the generated images."""
+    """One process of a training: its share of the batch and of the generated images.
 
-    def __init__(self, job: TrialJob, rank: int, world_size: int, device: torch.device) -> None:
+    Args:
+        job: The training.
+        rank: Which process this is.
+        world_size: How many there are.
+        device: On which this one computes.
+        gpus: GPUs that each of them asked for, where it computes on one.
+    """
+
+    def __init__(self, job: TrialJob, rank: int, world_size: int, device: torch.device, *, gpus: float = 1.0) -> None:
         self.job, self.rank, self.world_size, self.device = job, rank, world_size, device
         packed = load_packed(job.images)
         self.images = torch.from_numpy(np.array(packed.images)).to(device)
@@ -159,6 +175,7 @@ class Worker:
         self.samples: Tensor | None = None
         self.board: Board | None = None
         """Where the progress of scoring is told, if anybody wants to know."""
+        self.meter = Meter(device, world_size, gpus)
 
     def restore(self) -> list[Rung]:
         """Go on from the newest checkpoint, if there is one; returns the rungs that are already done."""
@@ -174,8 +191,13 @@ class Worker:
         return (kimg for kimg in self.job.rungs_kimg if kimg * 1000 > self.state.nimg)
 
     def train_to(self, kimg: int, beat: Beat) -> Rung:
-        """Train until so many kimg have been seen, score, and return the rung (the same in every process but for the
-        score, which only rank 0 works out)."""
+        """Train until so many kimg have been seen, score, and return the rung.
+
+        It is the same in every process but for the scores, which only rank 0 works out. At the end of the search they
+        are means over several sets of images, and ``score_sets`` holds each set's value of the score that decides;
+        what the rung cost counts from the one before it.
+        """
+        self.meter.start()
         started_s, started_nimg = time.monotonic(), self.state.nimg
         losses: list[Tensor] = []
         for progress in train(
@@ -198,19 +220,28 @@ class Worker:
             "loss": float(torch.stack(losses).mean()),
             "images_per_s": (self.state.nimg - started_nimg) / trained_s,
         }
-        scores = self.score(0, self.job.score.num_images)
+        last = kimg == self.job.search_kimg
+        sets = self._score_sets(self.job.score.num_sets if last else 1, self.job.score.num_images)
+        scores = {metric: statistics.fmean(values) for metric, values in sets.items()}
         rung |= {"score": scores[self.job.scoring.metric], **scores, "num_images": self.job.score.num_images}
-        rung["score_s"] = time.monotonic() - started_s - trained_s
+        if last:
+            rung["score_sets"] = sets[self.job.scoring.metric]
+        rung |= {"score_s": time.monotonic() - started_s - trained_s, **self.meter.read()}
         self.rungs.append(rung)
         return rung
 
     def finish(self) -> Rung:
         """Score the final sets of images and add them to the last rung; the features of the first set are kept."""
         num_images = self.job.final_images
-        sets = [self.score(number, num_images, keep_features=number == 0) for number in range(self.job.final_sets)]
-        scores = {metric: [each[metric] for each in sets] for metric in self.detectors}
+        scores = self._score_sets(self.job.final_sets, num_images, keep_features=True)
         self.rungs[-1] = {**self.rungs[-1], "final_scores": scores, "final_images": num_images}
         return self.rungs[-1]
+
+    def _score_sets(self, num_sets: int, num_images: int, *, keep_features: bool = False) -> dict[str, list[float]]:
+        """The scores of each of several sets of images, by metric; the features of the first one are kept if asked."""
+        keep = [keep_features] + [False] * (num_sets - 1)
+        sets = [self.score(number, num_images, keep_features=kept) for number, kept in enumerate(keep)]
+        return {metric: [each[metric] for each in sets] for metric in self.detectors}
 
     def score(self, number: int, num_images: int, *, keep_features: bool = False) -> dict[str, float]:
         """Fréchet distances of one set of generated images; only rank 0's values are of all processes' images.
@@ -296,6 +327,7 @@ class Worker:
         (folder / RUNGS_FILE).write_text(json.dumps(self.rungs))
         if self.samples is not None:
             sample_grid(self.samples.numpy(), columns=8).save(folder / SAMPLES_FILE)
+            np.save(folder / SAMPLE_PIXELS_FILE, self.samples.numpy(), allow_pickle=False)
         if self.job.grouping == "none":  # what other models' samples are compared with
             for metric, stats in self.stats.items():
                 save_stats(stats, folder / samples_stats_file(metric))

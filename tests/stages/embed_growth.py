@@ -103,7 +103,7 @@ def context(count: int, folder: Path) -> Context:
     return Context(
         config=config, folder=folder, store=Store(folder / "store"), images=images, packed=load_packed(images),
         weights_hash="pixels", detector_hashes={}, terminal=Mock(), tracker=Mock(),
-        shares=shares(config.resources, ray.cluster_resources()), board=Board(),
+        shares=shares(config.resources, ray.nodes()), board=Board(),
     )  # fmt: skip
 
 

@@ -1,12 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.tune.search import Searcher
 
-from cedm_ray.clustering.probes import Probe
+from cedm_ray.clustering.paper_rule import PaperRule
+from cedm_ray.clustering.probes import BoundSearch, Probe
+from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
 from cedm_ray.stages.groupings import clustering_job
 from cedm_ray.stages.lower_bound import LowerBound
-from cedm_ray.stages.probes import ProbeJobs
+from cedm_ray.stages.probes import MAX_RETRIES, ProbeJobs, ProbeSearcher
 from cedm_ray.stages.store import Store
 from cedm_ray.stages.upper_bound import UpperBound
 
@@ -53,3 +57,54 @@ def test_the_lower_bound_is_the_mean_and_the_deviation_of_what_is_used() -> None
     bound = LowerBound(((300, 33), (400, 35), (600, 40)))
     assert (bound.mean, bound.start) == (36.0, 36) and bound.std == pytest.approx(3.6056, abs=1e-4)  # sqrt(26 / 2)
     assert LowerBound(((300, 33),)).std == 0 and LowerBound(((300, 1),)).start == 2
+
+
+def probe_all(ratio: Any, failing: set[int] = frozenset()) -> tuple[BoundSearch, list[int]]:  # type: ignore[assignment]
+    search = ProbeSearcher(PaperRule(10, 0.96, max_clusters=1000))
+    asked: list[int] = []
+    for number in range(100):
+        params = search.suggest(str(number))
+        if params == Searcher.FINISHED:
+            break
+        assert isinstance(params, dict)
+        assert search.suggest(f"{number}-too-early") is None
+        asked.append(params["num_clusters"])
+        fails = asked[-1] in failing
+        failing = failing - {asked[-1]} if fails and len(failing) < 9 else failing
+        result = None if fails else {"reading": ratio(asked[-1])}
+        search.on_trial_complete(str(number), result, error=fails)
+    return search.search, asked
+
+
+def test_tune_s_probes_lead_to_the_same_c_max_as_asking_and_telling() -> None:
+    search, asked = probe_all(lambda c: min(1.0, 73 / c))
+    assert search.c_max == 77 and len(asked) == len(set(asked))  # 73 / 76 > 0.96 >= 73 / 77
+
+
+def test_a_probe_that_fails_is_run_again_but_not_for_ever() -> None:
+    search, asked = probe_all(lambda c: min(1.0, 73 / c), failing={20})
+    assert search.c_max == 77 and asked.count(20) == 2
+    search, asked = probe_all(lambda c: 1.0, failing=set(range(10, 20)))
+    assert not search.done and asked == [10] * (MAX_RETRIES + 1)
+
+
+def test_the_next_round_is_asked_for_when_the_last_one_is_told_whatever_came_first() -> None:
+    orders = []
+    for backwards in (False, True):
+        searcher = ProbeSearcher(UpperBoundSearch(50, max_clusters=1000), at_once=3)
+        rounds: list[list[Probe]] = []
+        while True:
+            asked: dict[str, Probe] = {}
+            while isinstance(params := searcher.suggest(f"{len(rounds)}-{len(asked)}"), dict):
+                asked[f"{len(rounds)}-{len(asked)}"] = Probe(**params)
+            if not asked:
+                assert params == Searcher.FINISHED
+                break
+            assert params is None and len(asked) <= 3
+            rounds.append(list(asked.values()))
+            for trial_id in sorted(asked, reverse=backwards):
+                reading = max(0.1, 1 - 0.04 * asked[trial_id].num_clusters / 200)
+                searcher.on_trial_complete(trial_id, {"reading": reading})
+        assert searcher.search.done and len(rounds) > 1
+        orders.append(rounds)
+    assert orders[0] == orders[1]

@@ -1,22 +1,28 @@
-"""The workers of a trial, without Ray: what they generate and score."""
+"""The workers of a trial, without Ray: what they generate and score, and what a trial asks of the cluster."""
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from ray.train import UserCallback as RunCallback
 
 from cedm_ray.clustering.clustering_io import save_clustering
 from cedm_ray.clustering.types import make_clustering
+from cedm_ray.config import SearchConfig
 from cedm_ray.data.digits import digits
 from cedm_ray.data.pack import pack
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
+from cedm_ray.stages import trial
 from cedm_ray.stages.features import FeatureParts, lenet_spec
-from cedm_ray.stages.plan import TrialJob
+from cedm_ray.stages.groupings import CLUSTERING_FILE
+from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.scoring import Reference, Scoring
 from cedm_ray.stages.store import Store
 from cedm_ray.stages.trial import Worker
@@ -45,7 +51,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         ),
         score=ScoreSettings(detector="lenet", num_images=NUM_IMAGES, num_steps=3, batch_size=32),
         scoring=Scoring((Reference(parts.spec, stats.facts, folder / "reference.safetensors"),)),
-        rungs_kimg=(1,), final_sets=1, final_images=NUM_IMAGES, num_workers=1, seed=0, inputs={}, path=folder / "job",
+        rungs_kimg=(1, 2), search_kimg=2, final_sets=1, final_images=NUM_IMAGES, num_workers=1, seed=0, inputs={},
+        path=folder / "job",
     )  # fmt: skip
 
 
@@ -124,3 +131,104 @@ def test_scoring_is_told_in_place_of_training(job: TrialJob) -> None:
     key, label, done, total, unit = told.board.update.call_args.args
     assert (key, label, total, unit) == (job.score_key, "C=4 scoring", NUM_IMAGES, "images") and 0 < done <= NUM_IMAGES
     assert not silent.board.method_calls
+
+
+def test_the_last_rung_of_the_search_takes_several_sets_and_earlier_ones_one(job: TrialJob) -> None:
+    many = worker(replace(job, diffusion=replace(job.diffusion, total_batch=500)), num_sets=3)
+    first, last = many.train_to(1, Mock()), many.train_to(2, Mock())
+    sets = [many.score(number, NUM_IMAGES)["fd_lenet"] for number in range(3)]
+    assert len(set(sets)) == 3 and last["score_sets"] == pytest.approx(sets, rel=1e-12)
+    assert last["score"] == last["fd_lenet"] == pytest.approx(np.mean(sets), rel=1e-12)
+    assert "score_sets" not in first and first["score"] == first["fd_lenet"] > 0
+    assert first["num_images"] == last["num_images"] == NUM_IMAGES
+    further = replace(job, diffusion=many.job.diffusion, rungs_kimg=(1, 2, 3))  # the best one's training goes on
+    beyond = worker(further, num_sets=3)
+    assert ["score_sets" in beyond.train_to(kimg, Mock()) for kimg in (1, 2, 3)] == [False, True, False]
+
+
+def test_no_set_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_sets is 0; it must be at least 1"):
+        ScoreSettings(num_sets=0)
+
+
+def test_a_rung_tells_what_its_training_and_scoring_cost(job: TrialJob) -> None:
+    alone = worker(replace(job, diffusion=replace(job.diffusion, total_batch=500)), num_sets=1)
+    for kimg in (1, 2):
+        rung = alone.train_to(kimg, Mock())
+        seconds = 1000 / rung["images_per_s"] + rung["score_s"]
+        assert rung["device"] == "cpu" and "energy_kwh" not in rung
+        assert rung["device_hours"] * 3600 == pytest.approx(seconds, rel=0.05)
+
+
+def test_the_meter_is_told_of_all_workers_and_what_each_asked_for(
+    job: TrialJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Mock()
+    monkeypatch.setattr(trial, "Meter", meter)
+    Worker(job, 1, 2, CPU, gpus=0.5)
+    meter.assert_called_once_with(CPU, 2, 0.5)
+
+
+def test_the_final_sets_are_scored_one_by_one_and_the_first_one_s_features_kept(job: TrialJob, tmp_path: Path) -> None:
+    alone = worker(replace(job, final_sets=2, path=tmp_path / "job"))
+    alone.rungs = [{"kimg": 2, "score": 9.0}]
+    sets = [alone.score(number, NUM_IMAGES)["fd_lenet"] for number in range(2)]
+    assert alone.finish() == {"kimg": 2, "score": 9.0, "final_images": NUM_IMAGES, "final_scores": {"fd_lenet": sets}}
+    kept = np.load(alone.job.features / "fd_lenet-0.npy")
+    np.testing.assert_allclose(kept, alone.detectors["fd_lenet"](images_of(job)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_holds_the_samples_as_pixels_too(job: TrialJob, tmp_path: Path) -> None:
+    alone = worker(job)
+    alone.score(0, NUM_IMAGES)
+    alone.score(1, NUM_IMAGES)
+    alone.checkpoint(tmp_path)
+    pixels = np.load(tmp_path / "samples.npy", allow_pickle=False)
+    assert pixels.dtype == np.uint8 and pixels.shape == (64, 1, 8, 8)
+    assert alike(torch.from_numpy(pixels), images_of(job)[:64])
+
+
+@pytest.fixture
+def planner(job: TrialJob, tmp_path: Path) -> Planner:
+    config = SearchConfig(seed=5, storage_path=tmp_path)
+    inputs = {"images": "some", "backbone": "pixels"}
+    return Planner(config, Store(tmp_path / "store"), inputs, job.images, "ab" * 32, {}, job.scoring)
+
+
+def test_a_retraining_has_a_seed_of_its_own_on_the_same_clustering(planner: Planner) -> None:
+    params = {"grouping": "temi", "num_clusters": 17}
+    first, again = planner.job(params), planner.job({**params, "train_seed": 3})
+    assert (first.label, first.seed, again.label, again.seed) == ("C=17", 5, "C=17 (seed 3)", 3)
+    assert again.clustering == first.clustering and first.clustering is not None and first.clustering.seed == 5
+    assert {**again.inputs, "seed": 5} == first.inputs and again.path != first.path
+    assert replace(again, label="C=17", seed=5, inputs=first.inputs, path=first.path) == first
+    assert planner.job({**params, "train_seed": 5}) == first
+    assert planner.job({"grouping": "none", "num_clusters": 1, "train_seed": 3}).label == "unconditional (seed 3)"
+    assert planner.job(params).search_kimg == planner.job(params, total_kimg=200_000).search_kimg == 100_000
+
+
+def test_scores_of_a_retraining_are_of_other_images(job: TrialJob) -> None:
+    assert not alike(images_of(job), images_of(replace(job, seed=1)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_stored_clustering_asks_nothing_of_the_cluster(
+    planner: Planner, job: TrialJob, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {"grouping": "temi", "num_clusters": 17}
+    clustering = planner.job(params).clustering
+    assert clustering is not None
+    if stored:
+        with planner.store.create(clustering.path, clustering.inputs, {}) as scratch:
+            (scratch / CLUSTERING_FILE).touch()
+    tasks, trainer = Mock(), Mock()
+    monkeypatch.setattr(trial.ray, "remote", tasks)
+    monkeypatch.setattr(trial.ray, "get", Mock())
+    monkeypatch.setattr(trial.ray.train.torch, "TorchTrainer", trainer)
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", RunCallback)
+    shares = SimpleNamespace(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.5, cpus_per_probe=2.0,
+                             gpus_per_probe=0.0)  # fmt: skip
+    trial.run_trial(params, planner, cast(Any, None), Mock(), cast(Any, shares))
+    assert tasks.call_count == (not stored) and trainer.return_value.fit.call_count == 1
+    loop = trainer.call_args.kwargs["train_loop_config"]
+    assert loop["job"].num_clusters == 17 and loop["gpus"] == 0.5

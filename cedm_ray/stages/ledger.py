@@ -1,0 +1,207 @@
+"""The records of a search's trials: in the store for good, on the terminal and in MLflow as they come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cedm_ray.metrics.scores import series_name
+from cedm_ray.stages.context import Context
+from cedm_ray.stages.driver_only import DriverCallback
+from cedm_ray.stages.plan import Planner, TrialJob
+from cedm_ray.stages.probes import track_clustering
+from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
+from cedm_ray.stages.store import Store, read_json, write_json
+from cedm_ray.stages.trial import SAMPLES_FILE
+
+RUNG_NAMES = (
+    "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "score_sets", "final_scores",
+    "final_images", "device_hours", "device", "energy_kwh",
+)  # fmt: skip
+LOGGED = ("nimg", "loss", "images_per_s", "score_s", "device_hours", "energy_kwh")
+
+
+class Ledger:
+    """Writes down what happens to every trial.
+
+    Args:
+        ctx: The search; ``trials.json`` in its folder lists its trials in the order in which they started.
+        planner: Turns parameters into jobs.
+    """
+
+    def __init__(self, ctx: Context, planner: Planner) -> None:
+        self.planner, self._file = planner, ctx.folder / "trials.json"
+        self._terminal, self._tracker, self._board = ctx.terminal, ctx.tracker, ctx.board
+        self.params: list[dict[str, Any]] = read_json(self._file) or []
+        self.on_change: Callable[[], None] = lambda: None
+        """Called whenever a record has changed."""
+        self._active: set[str] = set()
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """The records of all trials of this search, in the order in which they started."""
+        jobs = [(self.planner.job(params), params) for params in self.params]
+        found = [(job, params, read_record(job.path)) for job, params in jobs]
+        # Another search may have come to the same training by other parameters, and calls it by another name.
+        return [replace(record, label=job.label, params=dict(params)) for job, params, record in found if record]
+
+    def stored(self, params: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """What the store has of a trial, perhaps from another search: its reports by kimg."""
+        record = read_record(self.planner.job(params).path)
+        return {} if record is None else {int(rung["kimg"]): rung for rung in record.rungs}
+
+    def open(self, params: Mapping[str, Any]) -> None:
+        """A trial starts or goes on; one that runs already is left as it is."""
+        job = self.planner.job(params)
+        if job.key in self._active:
+            return
+        self._active.add(job.key)
+        if dict(params) not in self.params:
+            self.params.append(dict(params))
+            write_json(self._file, self.params)
+        record = read_record(job.path)
+        write_record(job.path, replace(record or new_record(job, params), state="running", reason=None))
+        self._tracker.child(
+            job.key,
+            job.label,
+            {"num_clusters": job.num_clusters, **params, **self.planner.scoring.terms()},
+            {
+                "stage": "granularity",
+                "C": job.num_clusters,
+                "grouping": job.grouping,
+                "state": "running",
+            },
+        )
+        self._terminal.line(f"  {job.label}: {'goes on' if record and record.rungs else 'starts'}")
+
+    def add(self, params: Mapping[str, Any], result: Mapping[str, Any], *, stored: bool = False) -> None:
+        """A trial reports, or a report is taken from the store (``stored``), which is new to this search."""
+        job = self.planner.job(params)
+        metrics = self.planner.scoring.metrics
+        rung = {name: result[name] for name in (*RUNG_NAMES, *metrics, "checkpoint_path") if name in result}
+        record = read_record(job.path) or new_record(job, params)
+        old = {each["kimg"]: each for each in record.rungs}.get(rung["kimg"], {})
+        quality = self._quality(job)
+        record = replace(record.with_rung({**old, **rung}), utilization_ratio=quality["utilization_ratio"])
+        write_record(job.path, record)
+        values: dict[str, float] = {name: rung[name] for name in LOGGED if rung.get(name) is not None}
+        # The count is part of a series' name: scores of different counts never share a chart.
+        scores = {series_name(metric, rung["num_images"]): rung[metric] for metric in metrics}
+        self._tracker.metrics(self._run(job), {**values, **quality, **scores}, kimg=int(rung["kimg"]))
+        if stored or not old:
+            said = ", ".join(f"{metric} {rung[metric]:.4g}" for metric in metrics)
+            source = "from the store" if stored else f"{rung['images_per_s']:,.0f} images/s"
+            self._terminal.line(f"  {job.label}: {rung['kimg']:,} kimg, {said}, {source}")
+        self.on_change()
+
+    def pause(self, params: Mapping[str, Any]) -> None:
+        """A trial waits at a rung; it may be promoted later."""
+        job = self.planner.job(params)
+        record = replace(read_record(job.path) or new_record(job, params), state="paused")
+        reached = _reached(record)
+        if reached >= self.planner.config.granularity.total_kimg:
+            # The store has more of it than this search has asked for; nobody waits for a training that is whole.
+            self.close(params)
+            return
+        self._leave(job)
+        write_record(job.path, record)
+        self._tracker.child(job.key, job.label, {}, {"state": "paused", "rung_kimg": reached})
+        self._terminal.line(f"  {job.label}: paused at {reached:,} kimg")
+        self.on_change()
+
+    def _leave(self, job: TrialJob) -> None:
+        """What its processes told of their progress is taken off the board: they were not asked to."""
+        self._active.discard(job.key)
+        for key in (job.key, job.score_key):
+            self._board.remove(key)
+
+    def close(self, params: Mapping[str, Any], reason: str | None = None) -> None:
+        """A trial ends: by itself, stopped by the scheduler, or (with a reason) because it failed.
+
+        One that was closed already stays as it is.
+        """
+        job = self.planner.job(params)
+        record = read_record(job.path) or new_record(job, params)
+        if record.over and job.key not in self._active:
+            return
+        self._leave(job)
+        total = self.planner.config.granularity.total_kimg
+        reached = _reached(record)
+        state: State = "failed" if reason else "complete" if reached >= total else "stopped"
+        record = replace(record, state=state, reason=reason)
+        write_record(job.path, record)
+        self._artifacts(job, record)
+        self._tracker.end(self._run(job), state, {"rung_kimg": reached, "reason": reason})
+        if state != "complete":
+            self._terminal.line(f"  {job.label}: {state} at {reached:,} kimg{f', {reason}' if reason else ''}")
+        self.on_change()
+
+    def close_left(self, grouping: str) -> None:
+        """Close the trials of a grouping that an earlier process left paused and nobody has promoted."""
+        for record in self.records:
+            if record.grouping == grouping and record.state in ("paused", "running"):
+                self.close(record.params)
+
+    def _run(self, job: TrialJob) -> str:
+        return self._tracker.child(job.key, job.label, {}, {})
+
+    @staticmethod
+    def _quality(job: TrialJob) -> dict[str, float]:
+        """How the clustering behind a trial uses its clusters and, where there are labels, agrees with them."""
+        if job.condition is None:
+            return {"num_used": 1.0, "utilization_ratio": 1.0, "kl_from_uniform": 0.0}
+        return {name: float(value) for name, value in Ledger._facts(job.condition)["quality"].items()}
+
+    @staticmethod
+    def _facts(condition: Path) -> dict[str, Any]:
+        """The facts of a stored clustering."""
+        facts = Store(condition.parents[2]).facts(condition.parent)
+        if facts is None:
+            raise RuntimeError(f"{condition.parent} is not whole; remove that folder and run again")
+        return facts
+
+    def _artifacts(self, job: TrialJob, record: TrialRecord) -> None:
+        run = self._run(job)
+        if job.condition is not None and job.condition.is_file():
+            track_clustering(self._tracker, run, job.condition, self._facts(job.condition))
+        newest = record.rungs[-1].get("checkpoint_path") if record.rungs else None
+        if newest and (Path(newest) / SAMPLES_FILE).is_file():
+            self._tracker.artifact(run, Path(newest) / SAMPLES_FILE)
+
+
+def _reached(record: TrialRecord) -> int:
+    """Of how many kimg the last report is."""
+    return int(record.rungs[-1]["kimg"]) if record.rungs else 0
+
+
+class LedgerCallback(DriverCallback):
+    """Tells the ledger what Tune hears; runs in the driver alone."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ledger.open(trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        self._ledger.add(trial.config, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ledger.close(trial.config)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ledger.close(trial.config, reason=_reason(Path(trial.error_file)))
+
+
+def _reason(error_file: Path) -> str:
+    """What went wrong, from the traceback that Tune wrote: the last line that names an error."""
+    if not error_file.is_file():
+        return f"no reason given; Tune looked for it in {error_file}"
+    lines = [line.strip() for line in error_file.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["no reason given"])[-1][:300]
