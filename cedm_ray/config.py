@@ -210,6 +210,12 @@ def _check_domain(config: SearchConfig, path: str, domain: Choice | Range) -> No
         node = node[part]
     if isinstance(domain, Range) and not domain.low <= domain.high:
         raise UserError(f"space.{path}: low is {domain.low:g}; it must be at most high ({domain.high:g})")
+    if isinstance(domain, Range) and domain.kind.startswith("log") and domain.low <= 0:
+        raise UserError(f"space.{path}: low is {domain.low:g}; on a logarithmic scale it must be above 0")
+    if isinstance(domain, Range) and domain.kind.endswith("randint") and (domain.low % 1 or domain.high % 1):
+        raise UserError(
+            f"space.{path}: {domain.low:g} to {domain.high:g} are no whole numbers; take uniform, or round them"
+        )
     for value in domain.values if isinstance(domain, Choice) else domain.ends():
         _validated(config.tree_with({path: value}), f"space.{path}")
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
 from cedm_ray.data.pack import load_packed
-from cedm_ray.data.registry import open_source
+from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
@@ -52,7 +52,7 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
         terminal.line(f"{folder} is complete: all is done")
         return done
     check_inputs(config, source)
-    plan_of(config, source, storage).check()
+    plan_of(config, storage, source.resolution, has_labels=source.num_classes is not None).check()
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     with noise_to(folder / "search.log", terminal):
@@ -60,23 +60,31 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
 
 
 def dry_run(config: SearchConfig, console: Console) -> None:
-    """Print what a search would train and what that would take; nothing is started and nothing written.
+    """Print what a search would train and what that would take; nothing is started, downloaded or written.
 
     Raises:
         UserError: If the settings cannot work, or if the budget is too small for a single training.
     """
-    source = _open(config)
-    check_inputs(config, source)
-    plan = plan_of(config, source, config.storage_path.expanduser().absolute())
+    resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
+    name, note = config.dataset, "the images are not there yet"
+    try:
+        source = _open(config, download=False)
+    except UserError:
+        if not resolution:
+            raise
+    else:
+        resolution, has_labels = source.resolution, source.num_classes is not None
+        name, note = source.name, f"{len(source):,} images"
+    plan = plan_of(config, config.storage_path.expanduser().absolute(), resolution, has_labels=has_labels)
     plan.check()
-    console.print(f"plan for {source.name}, {len(source):,} images (nothing is started)")
+    console.print(f"plan for {name}, {note} (nothing is started)")
     print_pairs(plan.lines(), console)
 
 
-def plan_of(config: SearchConfig, source: ImageSource, storage: Path) -> Plan:
-    """What a search of these images is going to train, as far as that is known before the cluster is."""
-    work = workload(config, has_labels=source.num_classes is not None)
-    known = Speeds(storage, config, source.resolution).known(gpus=config.resources.gpus_per_worker != 0)
+def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels: bool) -> Plan:
+    """What a search of such images is going to train, as far as that is known before the cluster is."""
+    work = workload(config, has_labels=has_labels)
+    known = Speeds(storage, config, resolution).known(gpus=config.resources.gpus_per_worker != 0)
     return Plan(config, work, known, config.granularity.max_concurrent)
 
 
@@ -100,7 +108,7 @@ def file_hashes(config: SearchConfig) -> dict[str, str]:
     return {name: file_sha256(file.expanduser()) for name, file in files.items() if file}
 
 
-def _open(config: SearchConfig) -> ImageSource:
+def _open(config: SearchConfig, *, download: bool = True) -> ImageSource:
     source = open_source(
         config.dataset,
         data_dir=config.data_dir.expanduser(),
@@ -108,6 +116,7 @@ def _open(config: SearchConfig) -> ImageSource:
         folder_labels=config.folder_labels,
         image_column=config.image_column,
         on_bad_image=config.on_bad_image,
+        download=download,
     )
     return source if config.max_images is None else FirstImages(source, config.max_images)
 

@@ -48,6 +48,11 @@ def find_visual_groups(ctx: Context) -> SearchResult:
     points = range(0) if upper is None else range(2, upper.end)
     if lower is not None and config.bound.from_lower:
         points = range(lower.start, points.stop)
+        if not points:
+            raise UserError(
+                f"the lower bound {lower.start} is not below the upper end of C_max's interval ({points.stop}): "
+                "no C is left to search; leave out --bound.from-lower"
+            )
     planner = Planner(
         config=config,
         store=ctx.store,
@@ -64,7 +69,8 @@ def find_visual_groups(ctx: Context) -> SearchResult:
     base = _base(ctx, scoring, upper, lower, points)
     ledger.on_change = lambda: write_so_far(ctx, base, ledger.records)
     records = search_granularity(ctx, ledger, points, embeddings, account)
-    decision = decide(records, config, scoring.metrics)
+    # Without what an earlier process has retrained: what is to be retrained must not depend on it.
+    decision = decide([record for record in records if "train_seed" not in record.params], config, scoring.metrics)
     if decision is None:
         raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
     terminal.line(decision.sentence(), style="bold")

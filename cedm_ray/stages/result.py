@@ -21,6 +21,7 @@ from cedm_ray.report.rows import Row
 from cedm_ray.report.run import Run
 from cedm_ray.report.tables import probes_table, scores_table, to_markdown, trials_table
 from cedm_ray.report.write import write_report
+from cedm_ray.stages.budget import mimg
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import ProbeRecord
 from cedm_ray.stages.records import FinalScore, TrialRecord
@@ -151,6 +152,13 @@ class SearchResult:
         table = to_markdown(self.rows(probes=False), self.metric, self.best, self.grouping)
         tracker.describe(self.run_id, f"{self.sentence()}\n\n{table}")
 
+    def best_score(self) -> tuple[str, float]:
+        """Label and score of the best C's training at the end of the search; of several the one with the lowest."""
+        own = [t for t in self.trials if t.grouping == self.grouping and t.num_clusters == self.best]
+        rungs = [(t.label, rung) for t in own for rung in t.rungs if rung["kimg"] == self.total_kimg]
+        label, rung = min(rungs, key=lambda each: float(each[1]["score"]))
+        return label, float(rung["score"])
+
     def scores(self) -> list[Score]:
         """All scores of the final model, the search's own first."""
         return [Score(**score) for score in self.final.scores]
@@ -229,9 +237,9 @@ def _upper_bound(tree: Mapping[str, Any]) -> UpperBound:
 def _cost(costs: Mapping[str, float | None]) -> str:
     """What the search has cost, in words."""
     spent, grid = costs["spent_mimg"] or 0.0, costs["grid_mimg"] or 0.0
-    said = f"{spent:,.4g} Mimg"
+    said = mimg(spent * 1000)
     if grid > spent:
-        said += f" (a full grid: {grid:,.4g})"
+        said += f" (a full grid: {mimg(grid * 1000)})"
     hours, energy = costs["device_hours"], costs["energy_kwh"]
     said += f", {hours:,.3g} device-hours" if hours else ""
     return said + (f", {energy:,.3g} kWh" if energy else "")
@@ -253,13 +261,12 @@ def show(result: SearchResult, console: Console) -> None:
         console.print(f"{trial.label} failed: {escape(trial.reason or '')}")
     console.print()
     scored = result.scored
-    best = next(t for t in result.trials if t.grouping == result.grouping and t.num_clusters == result.best)
-    rung = best.rung_at(result.total_kimg) or {}
+    label, score = result.best_score()
     lines = [
         ("best C", f"{result.best}"),
         *(
             (f"{result.metric} at {result.total_kimg:,} kimg" if i == 0 else "", f"{label}: {value:.4g}")
-            for i, (label, value) in enumerate({best.label: rung["score"], **result.baselines()}.items())
+            for i, (label, value) in enumerate({label: score, **result.baselines()}.items())
         ),
     ]
     ties, costs = result.tie_set, result.costs
