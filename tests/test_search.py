@@ -18,6 +18,7 @@ from safetensors import safe_open
 from cedm_ray.report.__main__ import main as report
 from cedm_ray.report.read_run import read_run
 from cedm_ray.sample import main as sample
+from cedm_ray.search import main
 from cedm_ray.stages.tracking import database_uri
 
 pytestmark = pytest.mark.ray
@@ -260,15 +261,23 @@ def test_a_search_that_is_done_says_so_and_prints_the_same_table_quickly(
         (["--num-neighbors", "1797"], "num_neighbors is 1797; it must be below 1797"),
         (["--score.num-images", "63"], "score.num_images is 63; it must be at least 64"),
         (["--diffusion.channel-mult", "1", "2", "2", "2", "2"], "diffusion: "),
-        (["--resources.num-workers", "64"], "resources.num_workers is 64"),
         (["--budget.mimg", "0.01"], "budget.mimg is 0.01"),
         (["--granularity.multi-objective"], "granularity.multi_objective is given, but lenet is the only score"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10"),
     ],
 )
-def test_a_mistake_ends_before_any_work_with_one_line_and_status_2(tmp_path: Path, flags: list[str], said: str) -> None:
-    done = search(tmp_path / "runs", *flags)
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+def test_a_mistake_ends_before_any_work_with_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    status = main(["--storage-path", str(tmp_path / "runs"), *flags])
+    error = capsys.readouterr().err
+    assert status == 2 and said in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert not list((tmp_path / "runs").glob("store/embeddings"))
+
+
+def test_a_training_that_can_never_fit_is_refused_by_the_program(tmp_path: Path) -> None:
+    done = search(tmp_path / "runs", "--resources.num-workers", "64")  # known when Ray has started, in its own process
+    assert done.returncode == 2 and "resources.num_workers is 64" in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list((tmp_path / "runs").glob("store/embeddings"))
 
@@ -282,7 +291,7 @@ def test_a_mistake_ends_before_any_work_with_one_line_and_status_2(tmp_path: Pat
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_by_the_name_of_the_file(
-    tmp_path: Path, files: list[tuple[str, object]], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[tuple[str, object]], said: str
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -291,5 +300,7 @@ def test_a_folder_that_cannot_be_used_is_refused_by_the_name_of_the_file(
             Image.new("RGB", (what, what)).save(folder / name)
         else:
             (folder / name).write_text(str(what))
-    done = search(tmp_path / "runs", "--dataset", str(folder), "--resolution", "8", "--backbone", "pixels")
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    flags = ["--storage-path", str(tmp_path / "runs"), "--dataset", str(folder), "--resolution", "8"]
+    assert main([*flags, "--backbone", "pixels"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1, error

@@ -192,7 +192,7 @@ def test_a_search_ranks_once_and_again_when_either_model_was_trained_on(
     first = search.make(run / "export")
     assert first is not None and search.asked == [{"num_cpus": 1.0, "num_gpus": 0.5}]
     found = read_confidence(first)
-    assert found.unconditional is not None and found.high.shape == found.unconditional.shape == (24, 1, 8, 8)
+    assert found.unconditional is not None and found.high.shape == found.unconditional.shape == (32, 1, 8, 8)
     with np.load(first) as arrays:
         indices = arrays["high_indices"].tolist()
     assert alike(found.unconditional, one_by_one(none / "export", indices, None))
