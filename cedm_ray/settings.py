@@ -132,8 +132,8 @@ class GranularitySettings:
     startup_trials: int = 4
     """Trials of a log-spaced design over [2, C_max) before scores decide."""
     tolerance: float = 0.0005
-    """When no further training is expected to lower the score by more than this share, the fitted rule only finishes the
-    one that looks best."""
+    """When no further training is expected to lower the score by more than this share, the fitted rule only finishes
+    the one that looks best."""
     retrain_spread: float = 0.015
     """Relative standard deviation of a score over retrainings (published: 1 to 2 %)."""
     multi_objective: bool = False

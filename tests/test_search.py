@@ -26,7 +26,14 @@ pytestmark = pytest.mark.ray
 SMALL_SETTINGS = {
     "temi": {"epochs": 8, "warmup-epochs": 1},
     "bound": {"c-start": 150, "precision": 2.0, "low-heads": 2, "low-spread": 0.6, "lower-clusters": 250},
-    "granularity": {"num-trials": 3, "share": 0.2, "total-kimg": 4, "grace-kimg": 2, "startup-trials": 2},
+    "granularity": {
+        "rule": "fitted",
+        "num-trials": 3,
+        "share": 0.2,
+        "total-kimg": 4,
+        "grace-kimg": 2,
+        "startup-trials": 2,
+    },
     "score": {"num-images": 200, "num-steps": 4, "also": "backbone", "num-sets": 2},
     "final": {"total-kimg": 5, "num-images": 150, "num-sets": 2},
 }
