@@ -42,7 +42,7 @@ def promotable(runs: Runs, eta: float) -> Run | None:
     return None
 
 
-def favourite(runs: Runs, among: Sequence[Run]) -> Run | None:
+def favourite(among: Sequence[Run]) -> Run | None:
     """The run that looks best at the highest rung that any of them has reached."""
     if not any(run.readings for run in among):
         return None

@@ -149,7 +149,7 @@ class GranularitySearch:
             for run in self.runs.in_state("paused")
             if run.readings and self.runs.total_kimg - run.reached_kimg <= self.left_kimg
         ]
-        best = favourite(self.runs, paused) if self.plan.rule != "asha" else None
+        best = favourite(paused) if self.plan.rule != "asha" else None
         return None if best is None else self._start(best, self.runs.total_kimg)
 
     def _first_target(self) -> int:

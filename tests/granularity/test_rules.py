@@ -104,7 +104,7 @@ def test_the_favourite_is_the_best_of_those_that_have_come_farthest() -> None:
     for _ in range(100):
         runs = random_runs(rng)
         among = [run for run in runs if run.readings]
-        found = favourite(runs, list(runs))
+        found = favourite(list(runs))
         if not among:
             assert found is None
             continue
