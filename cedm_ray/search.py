@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
 from cedm_ray.data.pack import load_packed
@@ -21,7 +20,7 @@ from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
-from cedm_ray.stages.result import SearchResult, read_result, show
+from cedm_ray.stages.result import SearchResult, print_pairs, read_result, show
 from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
 from cedm_ray.weights.files import file_sha256
 
@@ -86,13 +85,6 @@ def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels:
     work = workload(config, has_labels=has_labels)
     known = Speeds(storage, config, resolution).known(gpus=config.resources.gpus_per_worker != 0)
     return Plan(config, work, known, config.granularity.max_concurrent)
-
-
-def print_pairs(lines: Sequence[tuple[str, str]], console: Console) -> None:
-    """Names, aligned to the right, each with its text."""
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        console.print(f"{name:>{width}}  {escape(text)}", soft_wrap=True)
 
 
 def file_hashes(config: SearchConfig) -> dict[str, str]:

@@ -98,3 +98,19 @@ def _load_adam(state: TrainState, saved: dict[str, Tensor]) -> None:
     }
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def read_ema(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The averaged weights alone, by their names in the network, and the number of images seen.
+
+    Args:
+        path: File that :func:`save_state` wrote.
+
+    Raises:
+        OSError: If it cannot be read.
+        SafetensorError: If it is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
+        tensors = {name.removeprefix("ema."): file.get_tensor(name) for name in names}
+        return tensors, int(file.metadata()["nimg"])

@@ -11,12 +11,13 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import build_net
+from cedm_ray.diffusion.state_io import read_ema
 from cedm_ray.errors import UserError
 from cedm_ray.settings import DiffusionSettings
 from cedm_ray.stages.context import Context
@@ -24,6 +25,7 @@ from cedm_ray.stages.exported import ExportedModel, open_confidence, open_export
 from cedm_ray.stages.features import absolute
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
+from cedm_ray.stages.records import unconditional_record
 from cedm_ray.stages.trial import STATE_FILE
 from cedm_ray.weights.files import fill
 
@@ -127,10 +129,8 @@ def _unconditional_net(given: Unconditional, like: EDMPrecond, device: torch.dev
     """The averaged network of a training without a condition, for images like those of another one."""
     settings, path = given.diffusion, given.checkpoint / STATE_FILE
     try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
-            state = {name.removeprefix("ema."): file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+        state, _ = read_ema(path)
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(
             f"unconditional model {path} cannot be read ({error}); remove its trial's folder and run the search again"
         ) from error
@@ -201,12 +201,11 @@ def make_confidence(ctx: Context, ledger: Ledger, job: TrialJob, export: Path) -
 
 def _unconditional(ledger: Ledger) -> tuple[str, Unconditional] | None:
     """The complete training without a condition, with what stands for its weights; None where it was not asked for."""
-    for record in ledger.records:
-        if record.grouping == "none" and record.state == "complete" and record.rungs:
-            newest = record.rungs[-1]
-            diffusion = ledger.planner.job(record.params).diffusion
-            return f"{record.key}-{newest['kimg']}", Unconditional(Path(newest["checkpoint_path"]), diffusion)
-    return None
+    record = unconditional_record(ledger.records)
+    if record is None:
+        return None
+    newest, diffusion = record.rungs[-1], ledger.planner.job(record.params).diffusion
+    return f"{record.key}-{newest['kimg']}", Unconditional(Path(newest["checkpoint_path"]), diffusion)
 
 
 def _rank(

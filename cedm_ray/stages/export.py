@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 
 from cedm_ray.clustering.clustering_io import load_clustering
 from cedm_ray.clustering.quality import kl_from_uniform
 from cedm_ray.data.pack import PackedImages, load_packed
 from cedm_ray.diffusion.model_file import FACTS_FILE, FORMAT, WEIGHTS_FILE
+from cedm_ray.diffusion.state_io import read_ema
 from cedm_ray.features.backbones import PIXELS
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.settings import SEARCHED
@@ -46,10 +46,7 @@ def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str,
         facts: More facts for ``model.json``: ``score``, ``metric``, ...
     """
     out.mkdir(parents=True, exist_ok=True)
-    with safe_open(checkpoint / STATE_FILE, framework="pt") as state:
-        names = [name for name in state.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
-        tensors = {name.removeprefix("ema."): state.get_tensor(name) for name in names}
-        nimg = int(state.metadata()["nimg"])
+    tensors, nimg = read_ema(checkpoint / STATE_FILE)
     # Not save_file: its files are closed to everyone but their owner, whatever the umask says.
     (out / WEIGHTS_FILE).write_bytes(save(tensors))
     packed = load_packed(job.images)

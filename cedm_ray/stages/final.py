@@ -26,7 +26,7 @@ from cedm_ray.stages.features import DetectorSpec, FeatureParts
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.records import FinalScore
+from cedm_ray.stages.records import FinalScore, unconditional_record
 from cedm_ray.stages.scoring import Reference
 from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trial import samples_stats_file
@@ -100,7 +100,8 @@ def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embe
     known = read_json(file)
     if known is not None and known["key"] == key:
         return [Score(**score) for score in known["scores"]]
-    unconditional, test = _unconditional(ledger), _test_images(ctx)
+    other, test = unconditional_record(ledger.records), _test_images(ctx)
+    unconditional = None if other is None else Path(other.rungs[-1]["checkpoint_path"])
     task = ray.remote(_evaluate).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
     work = [
         task.remote(job, reference, ctx.images, test, ctx.store, embeddings, unconditional)
@@ -109,14 +110,6 @@ def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embe
     scores = [score for found in ray.get(work) for score in found]
     write_json(file, {"key": key, "scores": [asdict(score) for score in scores]})
     return scores
-
-
-def _unconditional(ledger: Ledger) -> Path | None:
-    """Checkpoint of the unconditional training that is to be compared with, if there is one."""
-    for record in ledger.records:
-        if record.grouping == "none" and record.state == "complete" and record.rungs:
-            return Path(record.rungs[-1]["checkpoint_path"])
-    return None
 
 
 def _test_images(ctx: Context) -> Path | None:

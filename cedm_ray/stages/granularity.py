@@ -56,7 +56,7 @@ def search_granularity(
         given,
         search,
         grouping=config.grouping,
-        metrics=ledger.planner.scoring.metrics if config.granularity.multi_objective else ("score",),
+        metrics=_objectives(ledger),
         allowed_kimg=account.allowed_kimg,
         on_score=watch.scored,
     )
@@ -118,14 +118,20 @@ def _start(config: SearchConfig, path: str) -> Any:
     return low if value is None else min(max(value, low), high)
 
 
+def _objectives(ledger: Ledger) -> tuple[str, ...]:
+    """Names of the scores that are minimised, as reports have them."""
+    planner = ledger.planner
+    return planner.scoring.metrics if planner.config.granularity.multi_objective else ("score",)
+
+
 def _recall(search: GranularitySearch, ledger: Ledger) -> None:
     """Tell a search what earlier processes have trained for it.
 
     A training that diverged stays stopped. Of one that was cut off under ASHA's stopping variant the last rung is left
     out: whether it goes on from there may not have been decided, and it reports that rung again.
     """
-    config, planner = ledger.planner.config, ledger.planner
-    metrics = planner.scoring.metrics if config.granularity.multi_objective else ("score",)
+    config = ledger.planner.config
+    metrics = _objectives(ledger)
     for record in ledger.records:
         if record.grouping != config.grouping or "train_seed" in record.params:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +62,11 @@ class FinalScore:
     export: str
     scores: tuple[dict[str, Any], ...] = ()
     """All scores, each with its detector, weights, resize, dtype and counts; the first one is the search's own."""
+
+
+def unconditional_record(records: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The complete training without a condition, which others are compared with; None where there is none."""
+    return next((r for r in records if r.grouping == "none" and r.state == "complete" and r.rungs), None)
 
 
 def new_record(job: TrialJob, params: Mapping[str, Any]) -> TrialRecord:

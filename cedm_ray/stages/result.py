@@ -291,6 +291,11 @@ def show(result: SearchResult, console: Console) -> None:
     ]
     console.print(scores_table([score_row(score) for score in result.scores()]))
     console.print()
+    print_pairs(lines, console)
+
+
+def print_pairs(lines: Sequence[tuple[str, str]], console: Console) -> None:
+    """Names, aligned to the right, each with its text."""
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         console.print(f"{name:>{width}}  {escape(text)}", soft_wrap=True)
