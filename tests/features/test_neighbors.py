@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from cedm_ray.features import neighbors
+from cedm_ray.features import neighbors, unit_rows
 from cedm_ray.features.neighbors import faiss_device, knn
 
 
@@ -15,7 +15,8 @@ def random_embeddings(seed: int, num_images: int, dim: int) -> NDArray[np.float3
 
 
 def test_neighbours_agree_with_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbors, "_BLOCK", 100)  # several blocks, the last one incomplete
+    for module in (neighbors, unit_rows):  # several blocks, the last one incomplete
+        monkeypatch.setattr(module, "BLOCK", 100)
     embeddings = random_embeddings(0, 730, 24) + 0.5
     search = NearestNeighbors(n_neighbors=13, metric="cosine", algorithm="brute").fit(embeddings.astype(np.float64))
     wanted = search.kneighbors(return_distance=False)  # without the point itself
