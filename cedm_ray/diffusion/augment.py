@@ -100,7 +100,30 @@ def sample_transforms(
     )
 
 
-def apply_transforms(images: Tensor, transforms: Transforms) -> Tensor:
+@dataclass(frozen=True)
+class Filters:
+    """What the transforms of images of one size need on one device; made once, so that no step waits for a copy."""
+
+    up_y: Tensor
+    up_x: Tensor
+    down_y: Tensor
+    down_x: Tensor
+    sides: Tensor
+    """Width and height, shape ``(2,)``, float32."""
+
+    @classmethod
+    def of(cls, height: int, width: int, device: torch.device | str = "cpu") -> "Filters":
+        """The filters for images of this size."""
+        return cls(
+            upsampling_matrix(height, device),
+            upsampling_matrix(width, device),
+            downsampling_matrix(height, device),
+            downsampling_matrix(width, device),
+            torch.tensor([width, height], dtype=torch.float32, device=device),
+        )
+
+
+def apply_transforms(images: Tensor, transforms: Transforms, filters: Filters | None = None) -> Tensor:
     """Transform images as drawn.
 
     The flips are exact. The other transforms act together: the image is continued by reflection without
@@ -111,6 +134,7 @@ def apply_transforms(images: Tensor, transforms: Transforms) -> Tensor:
     Args:
         images: Shape ``(N, C, H, W)``, float32, H and W at least 2.
         transforms: The draws for N images, on the same device.
+        filters: Those of images of this size on this device; None to make them here.
 
     Returns:
         Transformed images, shape ``(N, C, H, W)``.
@@ -120,29 +144,32 @@ def apply_transforms(images: Tensor, transforms: Transforms) -> Tensor:
     height, width = images.shape[2:]
     images = torch.where(transforms.xflip[:, None, None, None] == 1, images.flip(3), images)
     images = torch.where(transforms.yflip[:, None, None, None] == 1, images.flip(2), images)
-    up_y = upsampling_matrix(height, images.device)
-    up_x = upsampling_matrix(width, images.device)
-    fine = up_y @ images @ up_x.T
-    fine = F.grid_sample(fine, sampling_grid(transforms, height, width), mode="bilinear", align_corners=True)
-    return downsampling_matrix(height, images.device) @ fine @ downsampling_matrix(width, images.device).T
+    filters = filters or Filters.of(height, width, images.device)
+    fine = filters.up_y @ images @ filters.up_x.T
+    grid = sampling_grid(transforms, filters.sides, height, width)
+    fine = F.grid_sample(fine, grid, mode="bilinear", align_corners=True)
+    return filters.down_y @ fine @ filters.down_x.T
 
 
-def augment(images: Tensor, p: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, p: float, generator: torch.Generator | None = None, filters: Filters | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw transforms and apply them.
 
     Args:
         images: Shape ``(N, C, H, W)``, float32.
         p: Probability of each transform.
         generator: Source of randomness on the images' device.
+        filters: As for :func:`apply_transforms`.
 
     Returns:
         The transformed images, shape ``(N, C, H, W)``, and their augment labels, shape ``(N, 9)``.
     """
     transforms = sample_transforms(len(images), p, generator, images.device)
-    return apply_transforms(images, transforms), transforms.labels()
+    return apply_transforms(images, transforms, filters), transforms.labels()
 
 
-def inverse_matrices(transforms: Transforms, height: int, width: int) -> Tensor:
+def inverse_matrices(transforms: Transforms, sides: Tensor) -> Tensor:
     """Affine maps from output to source positions, in pixels from the image's centre, shape ``(N, 2, 3)``."""
     turn = _rotation(transforms.rotate_angle)
     axis = _rotation(transforms.aniso_angle)
@@ -150,7 +177,6 @@ def inverse_matrices(transforms: Transforms, height: int, width: int) -> Tensor:
     stretch = torch.exp2(-SCALE_STD * transforms.aniso_w)
     squeeze = torch.diag_embed(torch.stack([stretch, 1 / stretch], dim=1))
     linear = shrink[:, None, None] * turn @ axis.mT @ squeeze @ axis
-    sides = torch.tensor([width, height], device=shrink.device, dtype=shrink.dtype)
     shift = -TRANSLATE_STD * transforms.translate_w.T * sides
     return torch.cat([linear, linear @ shift[:, :, None]], dim=2)
 
@@ -160,15 +186,15 @@ def _rotation(angle: Tensor) -> Tensor:
     return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
 
 
-def sampling_grid(transforms: Transforms, height: int, width: int) -> Tensor:
+def sampling_grid(transforms: Transforms, sides: Tensor, height: int, width: int) -> Tensor:
     """Where each fine output sample reads the stored period, shape ``(N, 2H + 10, 2W + 10, 2)``, in [-1, 1]."""
-    matrix = inverse_matrices(transforms, height, width)
+    matrix = inverse_matrices(transforms, sides)
     x = _fine_positions(width, matrix.device) - (width - 1) / 2
     y = _fine_positions(height, matrix.device) - (height - 1) / 2
     # source = matrix @ (x, y, 1), split into one part for each column and one for each row of the grid
     source = matrix[:, None, None, :, 0] * x[None, None, :, None]
     source = source + (matrix[:, None, :, 1] * y[None, :, None] + matrix[:, None, :, 2])[:, :, None]
-    half = torch.tensor([width - 1, height - 1], device=matrix.device, dtype=matrix.dtype)
+    half = sides - 1
     return torch.remainder(source + half / 2, 2 * half) / half - 1
 
 

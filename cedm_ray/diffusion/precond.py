@@ -81,8 +81,9 @@ class EDMPrecond(nn.Module):
             D(x; sigma), shape ``(N, C, R, R)``, float32.
 
         Raises:
-            ValueError: If ``class_index`` is out of range (on a CPU; a GPU would have to be waited for, and
-                reads such an index as the all-zero condition), or a condition is given to a network that has none.
+            ValueError: If ``class_index`` is out of range (on a CPU and not compiled; a GPU would have to be waited
+                for, and reads such an index as the all-zero condition), or a condition is given to a network that
+                has none.
         """
         self._check_condition(class_index, augment_labels)
         x = x.to(torch.float32)
@@ -105,7 +106,7 @@ class EDMPrecond(nn.Module):
             return
         if self.label_dim == 0:
             raise ValueError("class_index is given, but the network has label_dim 0; pass None")
-        if class_index.device.type == "cpu" and class_index.numel():
+        if class_index.device.type == "cpu" and class_index.numel() and not torch.compiler.is_compiling():
             low, high = class_index.aminmax()
             if low < NO_CONDITION or high >= self.label_dim:
                 raise ValueError(

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cedm_ray.diffusion.train import TrainState
+from cedm_ray.diffusion.train import TrainState, net_device
 
 FORMAT = "cedm_ray.diffusion.train_state/1"
+_SCALER_FACTS = ("scale", "_growth_tracker")
 
 
 def save_state(state: TrainState, path: Path) -> None:
@@ -47,10 +48,11 @@ def load_state(state: TrainState, path: Path) -> None:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}; a training state has {FORMAT!r}")
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    own = _tensors(state)
+    own = {name: tensor for name, tensor in _tensors(state).items() if not name.startswith("scaler.")}
     slots = {f"{kind}.{name}": parameter for name, parameter in state.net.named_parameters()
              for kind in ("adam.exp_avg", "adam.exp_avg_sq")}  # fmt: skip
     steps = {f"adam.step.{name}": torch.zeros(()) for name, _ in state.net.named_parameters()}
+    scale = {name: saved.pop(name) for name in list(saved) if name.startswith("scaler.")}
     started = any(name.startswith("adam.") for name in saved)
     needed = {name: tensor for name, tensor in own.items() if not name.startswith("adam.")}
     needed |= {**slots, **steps} if started else {}
@@ -61,6 +63,7 @@ def load_state(state: TrainState, path: Path) -> None:
             if not name.startswith("adam."):
                 tensor.copy_(saved[name])
     _load_adam(state, saved if started else {})
+    state.scaler = _scaler(scale, net_device(state.net)) if scale else None
     state.nimg = int(metadata["nimg"])
 
 
@@ -71,7 +74,16 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         # Empty before the first step: Adam makes its moments when it needs them.
         for kind, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"adam.{kind}.{name}"] = value
+    if state.scaler is not None:
+        facts = state.scaler.state_dict()
+        tensors |= {f"scaler.{name}": torch.tensor(facts[name], dtype=torch.float64) for name in _SCALER_FACTS}
     return tensors
+
+
+def _scaler(saved: dict[str, Tensor], device: torch.device) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler(device.type)
+    scaler.load_state_dict({**scaler.state_dict(), **{name: saved[f"scaler.{name}"].item() for name in _SCALER_FACTS}})
+    return scaler
 
 
 def _check_fit(path: Path, saved: dict[str, Tensor], needed: dict[str, Tensor]) -> None:

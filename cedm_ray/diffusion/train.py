@@ -1,24 +1,28 @@
 """Training of the denoiser as a generator over steps; the caller logs, saves and stops."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from cedm_ray.diffusion.augment import augment
+from cedm_ray.diffusion.augment import Filters, augment
+from cedm_ray.diffusion.compute import Compute
 from cedm_ray.diffusion.ema import ema_beta, update_ema
-from cedm_ray.diffusion.loss import Denoiser, edm_loss_per_pixel, sample_sigma
-from cedm_ray.diffusion.order import EpochOrder
+from cedm_ray.diffusion.image_source import ImageSource
+from cedm_ray.diffusion.loss import sample_sigma
+from cedm_ray.diffusion.passes import Draw, Passes
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
 from cedm_ray.diffusion.streams import Purpose, torch_seed
 from cedm_ray.diffusion.unet import NO_CONDITION
 
 __all__ = ["NetSettings", "Progress", "TrainSettings", "TrainState", "build_net", "new_state", "train"]
+
+INIT_SCALE = 1024.0  # of fp16's loss; being summed over pixels, it overflows at torch's default in the first steps
 
 
 @dataclass
@@ -33,6 +37,8 @@ class TrainState:
     """Adam over ``net.parameters()``, in their order."""
     nimg: int
     """Images seen so far, over all processes."""
+    scaler: torch.amp.GradScaler | None = None
+    """Scale of the loss, once fp16 is trained in."""
 
 
 @dataclass(frozen=True)
@@ -61,35 +67,36 @@ def new_state(net: EDMPrecond) -> TrainState:
 
 def train(
     state: TrainState,
-    images: Tensor,
-    class_index: Tensor | None,
+    source: ImageSource,
     *,
     settings: TrainSettings,
     stop_nimg: int,
     seed: int,
+    compute: Compute = Compute(),  # noqa: B008  frozen
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Train until ``stop_nimg`` images have been seen, one step for each item taken from the iterator.
 
     A step's images are found from ``(seed, nimg)``; its augmentation, noise levels and noise, its dropout, and which
     images lose their condition from ``(seed, nimg, rank)``. So a run that is saved, loaded and continued goes on bit
-    for bit as if it had not been interrupted, on the same number of processes, and no generator's state is kept.
-    Torch's global generators of the CPU and of the training device are left as they were. With torch.distributed
-    initialised, every process calls this with the same state, and gradients are averaged over processes.
+    for bit as if it had not been interrupted, on the same number of processes and computed in the same way, and no
+    generator's state is kept. Torch's global generators of the CPU and of the training device are left as they were.
+    With torch.distributed initialised, every process calls this with the same state, and gradients are averaged over
+    processes. Nothing in a step waits for a GPU; reading a loss does.
 
     Args:
         state: The run; changed in place, and whole again whenever a step has been yielded.
-        images: Shape ``(N, C, R, R)``, uint8, on the CPU (it may be a memory map) or on the training device.
-        class_index: Cluster of each image, shape ``(N,)``, int64; None for an unconditional network.
+        source: The images, and the cluster of each one unless the network is unconditional.
         settings: How to train.
         stop_nimg: Images after which to stop, counted from the start of the run; the last step may pass it.
         seed: Seed of the run.
+        compute: Precision, memory layout, compilation; float32 and eager unless told otherwise.
         rank: This process, in ``[0, world_size)``.
         world_size: Number of processes.
 
     Returns:
-        Iterator over steps.
+        Iterator over steps; closed, it frees what it has read ahead.
 
     Raises:
         UserError: If ``total_batch`` cannot be split over the processes.
@@ -97,71 +104,97 @@ def train(
 
     Source: arXiv 2206.00364, App. F.2; arXiv 2403.00570, App. B.
     """
-    _check(state.net, images, class_index, settings, rank, world_size)
-    return _steps(state, images, class_index, settings, stop_nimg, seed, rank, world_size)
+    _check(state.net, source, settings, rank, world_size)
+    return _steps(state, source, settings, stop_nimg, seed, compute, rank, world_size)
 
 
 def _steps(
     state: TrainState,
-    images: Tensor,
-    class_index: Tensor | None,
+    source: ImageSource,
     settings: TrainSettings,
     stop_nimg: int,
     seed: int,
+    compute: Compute,
     rank: int,
     world_size: int,
-) -> Iterator[Progress]:
-    net = _wrap(state.net)
-    order = EpochOrder(len(images), seed)
+) -> Generator[Progress, None, None]:
     batch = settings.total_batch
     local = local_batch(batch, world_size)
-    while state.nimg < stop_nimg:
-        chosen = order.take(state.nimg + rank * local, local)
-        y = _to_device(images, chosen, net_device(state.net)).to(torch.float32) / 127.5 - 1
-        clusters = None if class_index is None else _to_device(class_index, chosen, y.device)
-        state.net.train()
-        loss = _backward(net, state, y, clusters, settings, seed, rank)
-        _clean_gradients(state.net)
-        seen = state.nimg + batch
-        lr = settings.lr * min(seen / max(settings.lr_rampup_kimg * 1000, 1.0), 1.0)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
-        beta = ema_beta(batch, seen, settings.ema_halflife_kimg * 1000, settings.ema_rampup_ratio)
-        update_ema(state.ema, state.net, beta)
-        state.nimg = seen
-        yield Progress(seen, loss, lr)
+    lay_out(state, channels_last=compute.channels_last)
+    if compute.precision == "fp16" and state.scaler is None:
+        state.scaler = torch.amp.GradScaler(net_device(state.net).type, init_scale=INIT_SCALE)
+    passes = Passes(state.net, compute, local, settings.sigma_data)
+    filters = Filters.of(state.net.img_resolution, state.net.img_resolution, net_device(state.net))
+    # Closed with the training, and not when the garbage is collected: a stream has tasks and threads of its own.
+    with closing(source.batches(seed, state.nimg + rank * local, local, batch)) as batches:
+        while state.nimg < stop_nimg:
+            images, clusters = next(batches)
+            draw = _draw(state, images, clusters, settings, filters, seed, rank)
+            loss = _backward(passes, state, draw, seed, rank)
+            seen = state.nimg + batch
+            lr = settings.lr * min(seen / max(settings.lr_rampup_kimg * 1000, 1.0), 1.0)
+            _update(state, lr)
+            beta = ema_beta(batch, seen, settings.ema_halflife_kimg * 1000, settings.ema_rampup_ratio)
+            update_ema(state.ema, state.net, beta)
+            state.nimg = seen
+            yield Progress(seen, loss, lr)
 
 
-def _backward(
-    net: Denoiser,
+def _draw(
     state: TrainState,
-    y: Tensor,
+    images: Tensor,
     clusters: Tensor | None,
     settings: TrainSettings,
+    filters: Filters,
     seed: int,
     rank: int,
-) -> Tensor:
-    """Leave the gradients of the batch's loss in the parameters and return the loss, detached."""
+) -> Draw:
+    y = images.to(torch.float32) / 127.5 - 1
     generator = torch.Generator(y.device)
     generator.manual_seed(torch_seed(seed, Purpose.STEP, state.nimg, rank))
     labels = None
     if settings.augment_prob > 0:
-        y, labels = augment(y, settings.augment_prob, generator)
+        y, labels = augment(y, settings.augment_prob, generator, filters)
     elif state.net.augment_dim:
         labels = y.new_zeros(len(y), state.net.augment_dim)  # gives the unused weights a gradient, of zero
     clusters = _drop_labels(clusters, settings.label_dropout, torch_seed(seed, Purpose.LABEL_DROPOUT, state.nimg, rank))
     sigma = sample_sigma(len(y), settings.P_mean, settings.P_std, generator, y.device)
     noise = torch.randn(y.shape, generator=generator, device=y.device)
+    return Draw(y, sigma, noise, clusters, labels)
+
+
+def _backward(passes: Passes, state: TrainState, draw: Draw, seed: int, rank: int) -> Tensor:
+    """Leave the gradients of the batch's loss in the parameters and return the loss, detached."""
+    state.net.train()
     state.optimizer.zero_grad(set_to_none=True)
     # Dropout draws from torch's global generator: it is seeded for the step and put back afterwards.
-    with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
+    with torch.random.fork_rng([draw.y.device] if draw.y.device.type == "cuda" else []):
         torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, state.nimg, rank))
-        pixels = edm_loss_per_pixel(net, y, sigma, noise, clusters, labels, sigma_data=settings.sigma_data)
-        # Sum over pixels and channels, mean over the batch; averaged over processes it is the whole batch's loss.
-        loss = pixels.sum() / len(y)
-        loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+        return passes(draw, lambda loss: loss if state.scaler is None else state.scaler.scale(loss))
+
+
+def _update(state: TrainState, lr: float) -> None:
+    """One step of Adam."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    if state.scaler is None:
+        _clean_gradients(state.net)
+        state.optimizer.step()
+        return
+    # An overflow is not cleaned but skipped, and the scale lowered; the fused optimizer is told so on the device.
+    state.scaler.unscale_(state.optimizer)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+
+
+def lay_out(state: TrainState, *, channels_last: bool) -> None:
+    """Order weights, averages and moments in memory; their values stay the same."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for net in (state.net, state.ema):
+        net.to(memory_format=layout)
+    for parameter, slot in state.optimizer.state.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            slot[kind] = torch.empty_like(parameter).copy_(slot[kind])
 
 
 def _drop_labels(clusters: Tensor | None, prob: float, seed: int) -> Tensor | None:
@@ -184,48 +217,20 @@ def _clean_gradients(net: EDMPrecond) -> None:
             torch.nan_to_num_(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5)
 
 
-def _wrap(net: EDMPrecond) -> Denoiser:
-    if not dist.is_initialized():
-        return net
-    device = net_device(net)
-    return DistributedDataParallel(
-        net,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-
-
 def net_device(net: EDMPrecond) -> torch.device:
     """Device that holds the network's parameters."""
     return next(net.parameters()).device
 
 
-def _to_device(rows: Tensor, chosen: Tensor, device: torch.device) -> Tensor:
-    part = rows[chosen.to(rows.device)]
-    if part.device.type == "cpu" and device.type == "cuda":
-        part = part.pin_memory()
-    return part.to(device, non_blocking=True)
-
-
-def _check(
-    net: EDMPrecond,
-    images: Tensor,
-    class_index: Tensor | None,
-    settings: TrainSettings,
-    rank: int,
-    world_size: int,
-) -> None:
+def _check(net: EDMPrecond, source: ImageSource, settings: TrainSettings, rank: int, world_size: int) -> None:
     expected = (net.img_channels, net.img_resolution, net.img_resolution)
-    if images.dtype != torch.uint8 or images.shape[1:] != expected or len(images) == 0:
-        raise ValueError(f"images have shape {tuple(images.shape)}, {images.dtype}; needed: (N, *{expected}), uint8")
-    if (class_index is None) != (net.label_dim == 0):
-        what = "None" if class_index is None else "given"
+    if source.image_shape != expected:
+        raise ValueError(f"images have shape {source.image_shape}; the network takes {expected}")
+    if (source.class_index is None) != (net.label_dim == 0):
+        what = "None" if source.class_index is None else "given"
         raise ValueError(f"class_index is {what}, but the network has label_dim {net.label_dim}")
-    if class_index is not None:
-        if class_index.dtype != torch.int64 or class_index.shape != images.shape[:1]:
-            raise ValueError(f"class_index has shape {tuple(class_index.shape)}, {class_index.dtype}; "
-                             f"needed: ({len(images)},), int64")  # fmt: skip
-        low, high = int(class_index.min()), int(class_index.max())
+    if source.class_index is not None:
+        low, high = int(source.class_index.min()), int(source.class_index.max())
         if low < 0 or high >= net.label_dim:
             raise ValueError(f"class_index ranges from {low} to {high}; it must lie in [0, {net.label_dim})")
     if settings.augment_prob > 0 and net.augment_dim == 0:

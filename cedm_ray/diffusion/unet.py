@@ -202,8 +202,14 @@ class UNet(nn.Module):
                 block.reset_parameters(generator)
         reset_layer(self.out_conv, generator, OUTPUT_GAIN)
 
+    # Never compiled: it alone knows the number of clusters, so what is compiled serves every C.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def embed(self, c_noise: Tensor, class_index: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """Embedding of noise level, cluster and augmentation, shape ``(N, 4 model_channels)``."""
+        """Embedding of noise level, cluster and augmentation, shape ``(N, 4 model_channels)``, float32."""
+        with torch.autocast(c_noise.device.type, enabled=False):
+            return self._embed(c_noise, class_index, augment_labels)
+
+    def _embed(self, c_noise: Tensor, class_index: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         half = self.noise_channels // 2
         powers = torch.arange(half, dtype=torch.float32, device=c_noise.device) / max(half - 1, 1)
         angles = c_noise[:, None] * (1e-4**powers)
@@ -222,7 +228,11 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, c_noise: Tensor, class_index: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """Raw output F(x), shape of ``x``; see `EDMPrecond` for the arguments."""
+        """Raw output F(x), shape of ``x``, float32; see `EDMPrecond` for the arguments.
+
+        Under autocast the embedding and the last convolution stay in float32: they cost next to nothing, and their
+        rounding would go into every pixel.
+        """
         emb = self.embed(c_noise, class_index, augment_labels)
         x = self.first_conv(x)
         kept = [x]
@@ -233,5 +243,6 @@ class UNet(nn.Module):
             if "_block" in name:
                 x = torch.cat([x, kept.pop()], dim=1)
             x = block(x, emb)
-        out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.out_conv(F.silu(self.out_norm(x.to(self.out_conv.weight.dtype))))
         return out

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.diffusion.order import EpochOrder
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
 from cedm_ray.diffusion.state_io import load_state, save_state
@@ -42,7 +43,7 @@ def same(a: TrainState, b: TrainState) -> bool:
 
 def run(state: TrainState, stop_nimg: int, settings: TrainSettings = SETTINGS, seed: int = 1) -> list[float]:
     images, clusters = data()
-    steps = train(state, images, clusters, settings=settings, stop_nimg=stop_nimg, seed=seed)
+    steps = train(state, ResidentImages(images, clusters), settings=settings, stop_nimg=stop_nimg, seed=seed)
     return [float(progress.loss) for progress in steps]
 
 
@@ -107,12 +108,12 @@ def test_training_leaves_the_global_generator_alone() -> None:
 def test_progress_counts_images_and_ramps_the_learning_rate() -> None:
     state = start()
     images, clusters = data()
-    steps = list(train(state, images, clusters, settings=SETTINGS, stop_nimg=60, seed=0))
+    steps = list(train(state, ResidentImages(images, clusters), settings=SETTINGS, stop_nimg=60, seed=0))
     assert [step.nimg for step in steps] == [8, 16, 24, 32, 40, 48, 56, 64]
     assert [step.lr for step in steps] == pytest.approx([2e-3 * min(n / 50, 1) for n in range(8, 65, 8)])
     assert state.nimg == 64
     assert not steps[0].loss.requires_grad
-    assert list(train(state, images, clusters, settings=SETTINGS, stop_nimg=60, seed=0)) == []
+    assert list(train(state, ResidentImages(images, clusters), settings=SETTINGS, stop_nimg=60, seed=0)) == []
 
 
 def test_one_step_is_adam_on_the_mean_over_the_batch_of_the_summed_loss() -> None:
@@ -187,7 +188,10 @@ def test_an_unconditional_network_has_no_condition_to_drop() -> None:
     plain, dropping = new_state(build_net(NET, 8, 1, 0, True)), new_state(build_net(NET, 8, 1, 0, True))
     dropping.net.load_state_dict(plain.net.state_dict())
     losses = [
-        [float(step.loss) for step in train(state, images, None, settings=settings, stop_nimg=16, seed=0)]
+        [
+            float(step.loss)
+            for step in train(state, ResidentImages(images, None), settings=settings, stop_nimg=16, seed=0)
+        ]
         for state, settings in ((plain, SETTINGS), (dropping, replace(SETTINGS, label_dropout=0.5)))
     ]
     assert losses[0] == losses[1]
@@ -225,7 +229,7 @@ def test_mistakes_are_named_before_the_first_step() -> None:
 
     def attempt(images: Tensor = images, clusters: Tensor | None = clusters, **changes: object) -> None:
         settings = TrainSettings(**{"total_batch": 8, **changes})  # type: ignore[arg-type]
-        train(state, images, clusters, settings=settings, stop_nimg=8, seed=0)
+        train(state, ResidentImages(images, clusters), settings=settings, stop_nimg=8, seed=0)
 
     attempt()
     for pattern, case in {
@@ -238,9 +242,9 @@ def test_mistakes_are_named_before_the_first_step() -> None:
         with pytest.raises(ValueError, match=pattern):
             case()
     with pytest.raises(ValueError, match="augment"):
-        train(start(augment=False), images, clusters, settings=SETTINGS, stop_nimg=8, seed=0)
+        train(start(augment=False), ResidentImages(images, clusters), settings=SETTINGS, stop_nimg=8, seed=0)
     with pytest.raises(ValueError, match=r"torch.distributed says 0 of 1"):
-        train(state, images, clusters, settings=SETTINGS, stop_nimg=8, seed=0, rank=1, world_size=2)
+        train(state, ResidentImages(images, clusters), settings=SETTINGS, stop_nimg=8, seed=0, rank=1, world_size=2)
 
 
 def test_a_batch_that_cannot_be_split_says_what_can() -> None:

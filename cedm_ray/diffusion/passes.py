@@ -1,0 +1,146 @@
+"""The network's passes of a training step: wrapped for several processes, compiled, in parts, scaled."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cedm_ray.diffusion.compute import Compute, autocast
+from cedm_ray.diffusion.loss import Denoiser, edm_loss_per_pixel
+from cedm_ray.diffusion.precond import EDMPrecond
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a step trains on: a process's part of the batch with everything that was drawn for it."""
+
+    y: Tensor
+    """Images in [-1, 1], augmented, shape ``(B, C, R, R)``, float32."""
+    sigma: Tensor
+    """Noise levels, shape ``(B,)``."""
+    noise: Tensor
+    """Unit Gaussian noise, shape of ``y``."""
+    clusters: Tensor | None
+    """Conditions, shape ``(B,)``, int64."""
+    labels: Tensor | None
+    """Augment labels, shape ``(B, 9)``."""
+
+    def parts(self, size: int) -> Iterator["Draw"]:
+        """The same in parts of ``size`` images."""
+        for start in range(0, len(self.y), size):
+            rows = slice(start, start + size)
+            clusters = None if self.clusters is None else self.clusters[rows]
+            labels = None if self.labels is None else self.labels[rows]
+            yield Draw(self.y[rows], self.sigma[rows], self.noise[rows], clusters, labels)
+
+
+class Passes:
+    """The network as a training step calls it.
+
+    Args:
+        net: The network, on its device, laid out in memory as ``compute`` says.
+        compute: How to compute it.
+        local: Images of this process in a step.
+        sigma_data: Standard deviation of the images.
+    """
+
+    def __init__(self, net: EDMPrecond, compute: Compute, local: int, sigma_data: float) -> None:
+        self.size = part_size(local, compute.device_batch)
+        self._device = next(net.parameters()).device
+        self._compute = compute
+        self._sigma_data = sigma_data
+        # A static graph cannot be held back (torch stops reducing the gradients) nor compiled in buckets.
+        self._plain = _distributed(net, static_graph=self.size == local and not compute.compile)
+        self._denoiser: Denoiser = self._plain
+        self._compiled = compute.compile
+        if compute.compile:
+            # After the wrapping, so that gradients are reduced while the rest of the backward pass is computed.
+            self._denoiser = torch.compile(self._plain)
+
+    def __call__(self, draw: Draw, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add the gradients of the scaled loss to the parameters' and return the loss, unscaled and detached.
+
+        The loss is summed over pixels and channels and averaged over the images of this process; averaged over
+        processes it is the whole batch's.
+        """
+        total: Tensor | None = None
+        for start, part in zip(range(0, len(draw.y), self.size), draw.parts(self.size), strict=True):
+            last = start + self.size >= len(draw.y)
+            with nullcontext() if last else self._held_back():
+                pixels = self._pixels(part)
+                loss = pixels.sum() / len(draw.y)
+                scale(loss).backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _pixels(self, part: Draw) -> Tensor:
+        if not self._compiled:
+            return self._loss(part)
+        self._compiled = False  # either it works this time, or it is not tried again
+        random = _random_state(self._device)
+        try:
+            return self._loss(part)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"torch.compile failed and the network is trained without it, slower: {type(error).__name__}: "
+                f"{reason[0][:300]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._denoiser = self._plain
+            _restore(self._device, random)
+            return self._loss(part)
+
+    def _loss(self, part: Draw) -> Tensor:
+        y, noise = part.y, part.noise
+        if self._compute.channels_last:
+            y, noise = (each.contiguous(memory_format=torch.channels_last) for each in (y, noise))
+        with autocast(self._device, self._compute.precision):
+            return edm_loss_per_pixel(
+                self._denoiser, y, part.sigma, noise, part.clusters, part.labels, sigma_data=self._sigma_data
+            )
+
+    def _held_back(self) -> AbstractContextManager[object]:
+        """Gradients are kept in this process, to be reduced with those of the last part."""
+        return self._plain.no_sync() if isinstance(self._plain, DistributedDataParallel) else nullcontext()
+
+
+def part_size(local: int, device_batch: int | None) -> int:
+    """Images that are computed at once: the largest divisor of ``local`` up to ``device_batch``.
+
+    Parts are equal, so that the network is compiled for one shape and each image weighs the same.
+    """
+    most = min(device_batch or local, local)
+    return next(size for size in range(most, 0, -1) if local % size == 0)
+
+
+def _distributed(net: EDMPrecond, *, static_graph: bool) -> EDMPrecond | DistributedDataParallel:
+    if not dist.is_initialized():
+        return net
+    device = next(net.parameters()).device
+    return DistributedDataParallel(
+        net,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
+    )
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)
