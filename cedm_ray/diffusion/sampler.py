@@ -1,13 +1,18 @@
 """Deterministic sampling: from unit noise and a cluster to an image."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cedm_ray.diffusion.compiled import Compiled, Denoiser
+from cedm_ray.diffusion.compute import Precision, autocast
+from cedm_ray.diffusion.fitting import even_batch, fitting_batch
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.streams import Purpose, numpy_stream
 from cedm_ray.diffusion.unet import NO_CONDITION
@@ -36,7 +41,7 @@ def sigma_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.
 
 @torch.no_grad()
 def heun_sample(
-    net: EDMPrecond,
+    net: Denoiser,
     latents: Tensor,
     class_index: Tensor | None = None,
     num_steps: int = 18,
@@ -45,8 +50,11 @@ def heun_sample(
     rho: float = 7.0,
     *,
     guidance: float = 0.0,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Integrate the probability flow with Heun's second-order method; 2 num_steps - 1 network calls.
+
+    Nothing in it waits for a GPU.
 
     Args:
         net: The denoiser, in eval mode.
@@ -58,6 +66,7 @@ def heun_sample(
         rho: Exponent of the spacing; higher puts more steps near ``sigma_min``.
         guidance: w of classifier-free guidance, D = (1 + w) D_cond - w D_uncond. Other than 0, it asks for a network
             that was trained with label dropout, and each call computes 2 N images.
+        precision: Products within the network; its preconditioning is float32 and the integration float64 in any case.
 
     Returns:
         Images, shape ``(N, C, R, R)``, float64, about [-1, 1].
@@ -71,18 +80,23 @@ def heun_sample(
         raise ValueError(f"guidance is {guidance}; it must be finite, and 0 without a condition")
     # The levels stay on the CPU: a level that is compared or read there never waits for a GPU.
     levels: list[float] = sigma_steps(num_steps, sigma_min, sigma_max, rho).tolist()
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        with autocast(x.device, precision):
+            return _denoise(net, x, sigma, class_index, guidance)
+
     x: Tensor = latents.to(torch.float64) * levels[0]
     for now, after in pairwise(levels):
-        slope = (x - _denoise(net, x, now, class_index, guidance)) / now
+        slope = (x - denoise(x, now)) / now
         euler = x + (after - now) * slope
         if after > 0:
-            slope = (slope + (euler - _denoise(net, euler, after, class_index, guidance)) / after) / 2
+            slope = (slope + (euler - denoise(euler, after)) / after) / 2
             euler = x + (after - now) * slope
         x = euler
     return x
 
 
-def _denoise(net: EDMPrecond, x: Tensor, sigma: float, class_index: Tensor | None, guidance: float) -> Tensor:
+def _denoise(net: Denoiser, x: Tensor, sigma: float, class_index: Tensor | None, guidance: float) -> Tensor:
     noisy = x.to(torch.float32)
     level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
     if guidance == 0 or class_index is None:
@@ -114,7 +128,14 @@ def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], dev
     noise = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in zip(noise, indices, strict=True):
         numpy_stream(seed, Purpose.NOISE, index).standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(noise).to(device)
+    return _onto(torch.from_numpy(noise), device)
+
+
+def _onto(rows: Tensor, device: torch.device | str) -> Tensor:
+    """The rows on the device; a GPU fetches them in its turn, and neither waits for the other."""
+    if torch.device(device).type != "cuda":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 def draw_conditions(seed: int, indices: Sequence[int], cluster_probs: Tensor) -> Tensor:
@@ -146,6 +167,16 @@ def draw_conditions(seed: int, indices: Sequence[int], cluster_probs: Tensor) ->
     return torch.from_numpy(np.searchsorted(cumulative, uniform, side="right").astype(np.int64))
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a batch starts from."""
+
+    count: int
+    """Images that are asked for; the rows after them fill the batch up."""
+    noise: Tensor
+    clusters: Tensor | None
+
+
 @torch.no_grad()
 def generate(
     net: EDMPrecond,
@@ -153,22 +184,29 @@ def generate(
     seed: int,
     indices: Sequence[int],
     cluster_probs: Tensor | None,
-    batch_size: int,
+    batch_size: int | None,
     num_steps: int = 18,
     guidance: float = 0.0,
     device: torch.device | str,
+    precision: Precision = "float32",
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """Generate the images ``indices`` of the set ``seed``, one batch after another.
 
     Args:
-        net: The denoiser, on ``device``; it is used in eval mode, and its mode is restored after each batch.
+        net: The denoiser, on ``device``; it is used in eval mode, and its mode is restored after each batch. On a GPU
+            it is fastest with channels innermost (``net.to(memory_format=torch.channels_last)``).
         seed: Seed of the set of images.
         indices: Which images; split them over processes as you like, image i stays the same.
         cluster_probs: q(c), shape ``(label_dim,)``; None for an unconditional network.
-        batch_size: Images that are computed together.
+        batch_size: Images that are computed together; None for equal batches, as large as :func:`fitting_batch` says.
         num_steps: Steps of the integration.
         guidance: As for :func:`heun_sample`.
         device: Where to compute.
+        precision: As for :func:`heun_sample`. Where fp16 overflows, a RuntimeWarning says so, and the batch and those
+            after it are computed in float32.
+        compile: Compile the network, for batches of one size: a smaller last one is filled up with images that are
+            thrown away. Where it cannot be compiled, a RuntimeWarning says why, and it is computed without.
 
     Yields:
         Images, shape ``(B, C, R, R)``, uint8, on ``device``, in the order of ``indices``.
@@ -180,17 +218,44 @@ def generate(
     given = None if cluster_probs is None else tuple(cluster_probs.shape)
     if given != expected:
         raise ValueError(f"cluster_probs has shape {given}; the network has label_dim {net.label_dim}: pass {expected}")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    for start in range(0, len(indices), batch_size):
-        part = indices[start : start + batch_size]
-        noise = initial_noise(seed, part, shape, device)
-        clusters = None if cluster_probs is None else draw_conditions(seed, part, cluster_probs).to(device)
-        training = net.training
-        net.eval()
-        try:
-            images = to_uint8(heun_sample(net, noise, clusters, num_steps, guidance=guidance))
-        finally:
-            net.train(training)
-        yield images
+    if batch_size is None:
+        batch_size = even_batch(len(indices), max(fitting_batch(net, device) // (2 if guidance else 1), 1))
+    denoiser: Denoiser = Compiled(net) if compile else net
+
+    def start_of(first: int) -> _Start:
+        part = indices[first : first + batch_size]
+        filled = [part[i % len(part)] for i in range(min(batch_size, len(indices)) if compile else len(part))]
+        noise = initial_noise(seed, filled, (net.img_channels, net.img_resolution, net.img_resolution), device)
+        clusters = None if cluster_probs is None else _onto(draw_conditions(seed, filled, cluster_probs), device)
+        return _Start(len(part), noise, clusters)
+
+    firsts = range(0, len(indices), batch_size)
+    following = start_of(0) if firsts else None
+    for first in firsts:
+        assert following is not None
+        start = following
+        images = _in_eval_mode(net, denoiser, start, num_steps, guidance, precision)
+        # Here, and not after the caller has waited for the images: a GPU still computes, and the drawing takes no time.
+        following = start_of(first + batch_size) if first + batch_size < len(indices) else None
+        if precision == "fp16" and not bool(images.isfinite().all()):
+            warnings.warn(
+                "the network's values leave the range of fp16; images are sampled in float32, slower: sample in bf16",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            precision = "float32"
+            images = _in_eval_mode(net, denoiser, start, num_steps, guidance, precision)
+        yield to_uint8(images[: start.count])
+
+
+def _in_eval_mode(
+    net: EDMPrecond, denoiser: Denoiser, start: _Start, num_steps: int, guidance: float, precision: Precision
+) -> Tensor:
+    training = net.training
+    net.eval()
+    try:
+        return heun_sample(denoiser, start.noise, start.clusters, num_steps, guidance=guidance, precision=precision)
+    finally:
+        net.train(training)
