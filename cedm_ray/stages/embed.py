@@ -17,15 +17,19 @@ from numpy.typing import NDArray
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import IMAGES, PackedImages
 from cedm_ray.features.backbones import PIXELS, BackboneSpec
-from cedm_ray.features.neighbors import knn
+from cedm_ray.features.neighbors import search_neighbors
 from cedm_ray.features.pixels import pixel_stats
+from cedm_ray.settings import EmbedSettings
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.features import absolute
+from cedm_ray.stages.read_images import read_images
 from cedm_ray.stages.store import Store
 
 VALUES, NEIGHBORS = "embeddings.npy", "neighbors.npy"
 ROWS = 1024  # of a block: written as one row group, read as one batch
+CALL_BATCHES, CALL_BYTES = 8, 64 * 2**20
+"""Most that an actor is given at once: batches of the backbone, and bytes of images."""
 
 Batch = dict[str, np.ndarray]
 
@@ -61,34 +65,31 @@ def backbone_spec(config: SearchConfig, packed: PackedImages) -> BackboneSpec:
     return BackboneSpec(config.backbone, absolute(config.backbone_weights), stats)
 
 
-def read_images(batch: Batch, images: Path) -> Batch:
-    """The images at the indices of a batch, from the packed file, which is mapped and not read whole."""
-    index = batch["id"]
-    return {"index": index, "image": np.load(images, mmap_mode="r")[index]}
-
-
 class Embedder:
-    """One copy of the backbone in an actor of the pool: batches of images in, batches of embeddings out."""
+    """One copy of the backbone in an actor of the pool: several batches of images in, their embeddings out."""
 
-    def __init__(self, backbone: BackboneSpec, threads: int, board: Board, total: int) -> None:
+    def __init__(self, backbone: BackboneSpec, batch_size: int, threads: int, board: Board, total: int) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._backbone = backbone.load(self._device)
+        self._backbone, self._batch_size = backbone.load(self._device), batch_size
         self._board, self._total = board, total
 
     def __call__(self, batch: Batch) -> Batch:
+        # Sent and fetched once for all batches: between them a GPU waits neither for a copy nor for Ray.
         images = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(self._device)
-        embedding = self._backbone(images).cpu().numpy()
-        self._board.add("embed", "embeddings", len(embedding), self._total, "images")
-        return {"index": batch["index"], "embedding": embedding}
+        found = []
+        for part in torch.split(images, self._batch_size):
+            found.append(self._backbone(part))
+            self._board.add("embed", "embeddings", len(part), self._total, "images")
+        return {"index": batch["index"], "embedding": torch.cat(found).cpu().numpy()}
 
 
 def embed(ctx: Context, spec: BackboneSpec | None = None, weights_hash: str | None = None) -> Embeddings:
     """The embeddings of the search's images, from the store or through a backbone.
 
     The memory of this stage does not grow with the number of images: the driver holds one block of rows, each actor
-    one batch, and Ray Data what lies between its operators, for which it waits when its share of the object store is
-    used up.
+    a few batches, and Ray Data what lies between its operators, for which it waits when its share of the object store
+    is used up.
 
     Args:
         ctx: The search.
@@ -119,17 +120,22 @@ def _stream(ctx: Context, spec: BackboneSpec, out: Path) -> None:
     spare = max(ray.cluster_resources().get("CPU", 1.0) - 1.0, 0.5)
     cpus = min(settings.cpus_per_actor, spare / settings.num_actors)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    at_once = _at_once(settings, num_images, ctx.packed.images[0].nbytes)
     rows = ray.data.range(num_images, override_num_blocks=max(1, num_images // 2048))
     stream = rows.map_batches(
-        read_images, batch_size=settings.batch_size, fn_kwargs={"images": ctx.images / IMAGES}, num_cpus=min(0.5, spare)
+        read_images,
+        batch_size=at_once,
+        fn_kwargs={"file": ctx.images / IMAGES, "column": "id"},
+        num_cpus=min(0.5, spare),
     ).map_batches(
         Embedder,
-        batch_size=settings.batch_size,
+        batch_size=at_once,
         compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
         num_cpus=cpus,
         num_gpus=ctx.shares.gpus_per_worker,
         fn_constructor_kwargs={
             "backbone": spec,
+            "batch_size": settings.batch_size,
             "threads": max(1, round(settings.cpus_per_actor)),
             "board": ctx.board,
             "total": num_images,
@@ -139,6 +145,13 @@ def _stream(ctx: Context, spec: BackboneSpec, out: Path) -> None:
         stream.write_parquet(str(out), compression="zstd", row_group_size=ROWS)
     finally:
         ctx.board.remove("embed")
+
+
+def _at_once(settings: EmbedSettings, num_images: int, image_bytes: int) -> int:
+    """Images that an actor is given at once; few enough that all actors end at about the same time."""
+    shared = num_images // (16 * settings.num_actors * settings.batch_size)
+    fitting = CALL_BYTES // (settings.batch_size * image_bytes)
+    return settings.batch_size * max(1, min(CALL_BATCHES, shared, fitting))
 
 
 def gather(folder: Path, out: Path, num_images: int) -> None:
@@ -181,8 +194,13 @@ def find_neighbors(ctx: Context, embeddings: Embeddings) -> None:
     if ctx.store.facts(path) is None:
         task = ray.remote(_search).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
         ray.get(task.remote(embeddings, ctx.config.num_neighbors, ctx.store))
+    facts = ctx.store.facts(path) or {}
+    if facts.get("method") == "approximate":
+        ctx.terminal.line(f"  the neighbours are approximate: {facts['recall']:.1%} of the nearest ones are found")
 
 
 def _search(embeddings: Embeddings, k: int, store: Store) -> None:
-    with store.create(embeddings.neighbors_file.parent, {**embeddings.inputs, "k": k}, {}) as scratch:
-        np.save(scratch / NEIGHBORS, knn(embeddings.values, k), allow_pickle=False)
+    found = search_neighbors(embeddings.values, k)
+    facts = {"method": found.method, "recall": found.recall}
+    with store.create(embeddings.neighbors_file.parent, {**embeddings.inputs, "k": k}, facts) as scratch:
+        np.save(scratch / NEIGHBORS, found.indices, allow_pickle=False)
