@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.data.registry import KNOWN_DATASETS
+from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.errors import UserError
 from cedm_ray.settings import (
     SEARCHED,
@@ -117,6 +118,7 @@ class SearchConfig(BaseModel):
     temi: TemiSettings = TemiSettings()
     bound: BoundSettings = BoundSettings()
     diffusion: DiffusionSettings = DiffusionSettings()
+    compute: ComputeSettings = ComputeSettings()
     score: ScoreSettings = ScoreSettings()
     granularity: GranularitySettings = GranularitySettings()
     budget: BudgetSettings = BudgetSettings()
@@ -358,6 +360,7 @@ def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
 
     Where things are stored, and how many processes embed or cluster, is left out; the number of training workers
     stays, because each worker draws its own noise. Files are left out too: what they hold counts, not their place.
+    Of the computation only precisions stay that are asked for: the rest changes rounding alone.
     """
     tree = config.model_dump(mode="json")
     places = ("storage_path", "tracking_uri", "data_dir", "search_space")
@@ -368,4 +371,6 @@ def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
     for name in ("weights", "class_names"):
         tree["clip"].pop(name)
     tree["granularity"].pop("max_concurrent")
+    tree["score"].pop("batch_size")
+    tree["compute"] = config.compute.asked_precisions()
     return {**tree, "num_workers": config.resources.num_workers}

@@ -235,15 +235,15 @@ class ScoreSettings:
     """Independent sets of images at the last rung of the search; earlier ones take one."""
     num_steps: int = 18
     """Steps of the sampler; the network is evaluated 2 * num_steps - 1 times an image."""
-    batch_size: int = 256
-    """Images generated at once by each worker."""
+    batch_size: int | None = None
+    """Images generated at once by each worker; it changes no image (when not given: as many as fill the device)."""
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "num_images", self.num_images, "be at least 2")
         require(self.num_sets >= 1, "num_sets", self.num_sets, "be at least 1")
         require(self.num_steps >= 2, "num_steps", self.num_steps, "be at least 2")
         require(len(set(self.detectors)) == len(self.detectors), "also", self.also, "name each detector once")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
 
     @property
     def detectors(self) -> tuple[DetectorName, ...]:

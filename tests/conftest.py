@@ -106,7 +106,7 @@ def _reference(folder: Path, detector: str) -> Any:
 
 def _checkpoint(folder: Path, job: Any) -> Path:
     """A network that has been given some life: a fresh one answers the same to every condition."""
-    from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE
+    from cedm_ray.stages.worker import SAMPLES_FILE, STATE_FILE
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()

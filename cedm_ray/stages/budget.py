@@ -62,7 +62,7 @@ class Speeds:
 
     def __init__(self, storage: Path, config: SearchConfig, resolution: int) -> None:
         tree = config.model_dump(mode="json")
-        inputs = {name: tree[name] for name in ("diffusion", "score", "resources")} | {"resolution": resolution}
+        inputs = {name: tree[name] for name in ("diffusion", "compute", "score", "resources")} | {"resolution": resolution}
         self._file = storage / "speeds" / f"{key_of(inputs)}.json"
         self._config, self._resolution = config, resolution
 

@@ -26,7 +26,7 @@ from cedm_ray.stages.features import absolute
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import unconditional_record
-from cedm_ray.stages.trial import STATE_FILE
+from cedm_ray.stages.worker import STATE_FILE
 from cedm_ray.weights.files import fill
 
 CONFIDENCE_FILE = "confidence.npz"
@@ -52,7 +52,7 @@ def rank_samples(
     num_images: int = NUM_IMAGES,
     shown: int = SHOWN,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: torch.device,
 ) -> Path:
     """Generate images as they are scored and keep the ones that the TEMI head is most and least sure of.
@@ -70,7 +70,7 @@ def rank_samples(
         num_images: Images to choose from: 0 and on.
         shown: Images at each end.
         seed: Of the noise and of the drawn clusters.
-        batch_size: Images generated at once.
+        batch_size: Images generated at once; None for as many as fill the device.
         device: Where to compute.
 
     Returns:
@@ -105,7 +105,12 @@ def rank_samples(
 
 
 def _generate(
-    model: ExportedModel, net: EDMPrecond, probs: Tensor | None, seed: int, indices: Sequence[int], batch_size: int
+    model: ExportedModel,
+    net: EDMPrecond,
+    probs: Tensor | None,
+    seed: int,
+    indices: Sequence[int],
+    batch_size: int | None,
 ) -> Iterator[Tensor]:
     """Images of either network, with the sampler of the scores."""
     return generate(
@@ -215,7 +220,7 @@ def _rank(
     out: Path,
     *,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)

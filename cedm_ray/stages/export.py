@@ -25,7 +25,7 @@ from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE, PIXEL_STATS_FIL
 from cedm_ray.stages.model_card import model_card
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.store import write_json
-from cedm_ray.stages.trial import SAMPLES_FILE, STATE_FILE
+from cedm_ray.stages.worker import SAMPLES_FILE, STATE_FILE
 
 REFERENCE_FILE, CARD_FILE = "reference.safetensors", "README.md"
 PACKAGES = ("cedm-ray", "ray", "timm", "numpy")

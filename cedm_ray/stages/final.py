@@ -29,8 +29,8 @@ from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import FinalScore, unconditional_record
 from cedm_ray.stages.scoring import Reference
 from cedm_ray.stages.store import Store, read_json, write_json
-from cedm_ray.stages.trial import samples_stats_file
 from cedm_ray.stages.trials import TrialSource, tune_trials
+from cedm_ray.stages.worker import samples_stats_file
 
 EXPORT_FOLDER = "export"
 EVALUATION_FILE = "evaluation.json"

@@ -15,11 +15,11 @@ from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.probes import track_clustering
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
 from cedm_ray.stages.store import Store, read_json, write_json
-from cedm_ray.stages.trial import SAMPLES_FILE
+from cedm_ray.stages.worker import SAMPLES_FILE
 
 RUNG_NAMES = (
     "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "score_sets", "final_scores",
-    "final_images", "device_hours", "device", "energy_kwh",
+    "final_images", "device_hours", "device", "energy_kwh", "precision", "sample_precision",
 )  # fmt: skip
 LOGGED = ("nimg", "loss", "images_per_s", "score_s", "device_hours", "energy_kwh")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.config import SearchConfig
+from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.settings import SEARCHED, DiffusionSettings, ScoreSettings
 from cedm_ray.stages.groupings import ClusteringJob, GivenGrouping, clustering_job
 from cedm_ray.stages.scoring import Scoring
@@ -32,6 +33,7 @@ class TrialJob:
     """File of the clustering; None without a condition."""
     images: Path
     diffusion: DiffusionSettings
+    compute: ComputeSettings
     score: ScoreSettings
     scoring: Scoring
     rungs_kimg: tuple[int, ...]
@@ -115,7 +117,8 @@ class Planner:
             "images": self.images_sha256,
             "condition": source,
             "diffusion": asdict(config.diffusion),
-            "score": asdict(config.score),
+            "score": {name: value for name, value in asdict(config.score).items() if name != "batch_size"},
+            **config.compute.asked_precisions(),
             "scoring": [asdict(reference.facts) for reference in self.scoring.references],
             "rungs_kimg": config.granularity.rungs_kimg(),
             "num_workers": config.resources.num_workers,
@@ -129,6 +132,7 @@ class Planner:
             condition=condition,
             images=self.images,
             diffusion=config.diffusion,
+            compute=config.compute,
             score=config.score,
             scoring=self.scoring,
             rungs_kimg=rungs,

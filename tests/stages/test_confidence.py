@@ -22,7 +22,7 @@ from cedm_ray.stages import confidence
 from cedm_ray.stages.confidence import Unconditional, make_confidence, rank_samples
 from cedm_ray.stages.exported import open_exported
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.trial import STATE_FILE
+from cedm_ray.stages.worker import STATE_FILE
 
 CPU, SEED, NUM, SHOWN = torch.device("cpu"), 5, 41, 6
 MakeExport = Callable[..., Path]

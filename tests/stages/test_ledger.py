@@ -15,7 +15,7 @@ from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.scoring import Reference, Scoring
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.trial import SAMPLES_FILE
+from cedm_ray.stages.worker import SAMPLES_FILE
 
 CONFIG = SearchConfig(
     granularity=GranularitySettings(total_kimg=4, grace_kimg=1), final=FinalSettings(total_kimg=6), seed=7

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,6 +16,8 @@ from cedm_ray.clustering.types import make_clustering
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.digits import digits
 from cedm_ray.data.pack import pack
+from cedm_ray.diffusion.compute import ComputeSettings
+from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
@@ -25,7 +27,8 @@ from cedm_ray.stages.groupings import CLUSTERING_FILE
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.scoring import Reference, Scoring
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.trial import Worker
+from cedm_ray.stages.streamed import StreamedImages
+from cedm_ray.stages.worker import Worker
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 130
@@ -49,6 +52,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         diffusion=DiffusionSettings(
             model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), total_batch=4
         ),
+        compute=ComputeSettings(),
         score=ScoreSettings(detector="lenet", num_images=NUM_IMAGES, num_steps=3, batch_size=32),
         scoring=Scoring((Reference(parts.spec, stats.facts, folder / "reference.safetensors"),)),
         rungs_kimg=(1, 2), search_kimg=2, final_sets=1, final_images=NUM_IMAGES, num_workers=1, seed=0, inputs={},
@@ -66,7 +70,9 @@ def worker(job: TrialJob, rank: int = 0, world_size: int = 1, **score: Any) -> W
 
 
 def images_of(job: TrialJob, world_size: int = 1, first: int = 0, **score: Any) -> torch.Tensor:
-    each = [list(worker(job, rank, world_size, **score)._generated(first, NUM_IMAGES)) for rank in range(world_size)]
+    each = [
+        list(worker(job, rank, world_size, **score).scorer._generated(first, NUM_IMAGES)) for rank in range(world_size)
+    ]
     return torch.cat([batch for batches in each for batch in batches])
 
 
@@ -89,7 +95,7 @@ def test_sets_share_no_image(job: TrialJob) -> None:
 
 
 def test_sums_of_workers_add_up_to_those_of_one_pass(job: TrialJob) -> None:
-    pixels, detector = images_of(job), worker(job).detectors["fd_lenet"]
+    pixels, detector = images_of(job), worker(job).scorer.detectors["fd_lenet"]
     features = detector(pixels)
     whole, merged = FeatureSums(64), FeatureSums(64)
     whole.update(features)
@@ -103,18 +109,18 @@ def test_sums_of_workers_add_up_to_those_of_one_pass(job: TrialJob) -> None:
 
 def test_the_score_is_the_distance_of_its_images_and_features_are_kept_when_asked_for(job: TrialJob) -> None:
     alone = worker(job)
-    scores = alone.score(0, NUM_IMAGES, keep_features=True)
+    scores = alone.scorer.score(0, NUM_IMAGES, keep_features=True)
     kept = np.load(job.features / "fd_lenet-0.npy")
     reference = job.scoring.references[0].load()
     expected = frechet_distance(kept.mean(0, dtype=np.float64), np.cov(kept.astype(np.float64), rowvar=False),
                                 reference.mu, reference.sigma)  # fmt: skip
     assert scores == {"fd_lenet": pytest.approx(expected, rel=1e-8)}
-    assert kept.shape == (NUM_IMAGES, 64) and alone.stats["fd_lenet"].facts.count == NUM_IMAGES
-    assert alone.samples is not None and alike(alone.samples, images_of(job)[:64])
+    assert kept.shape == (NUM_IMAGES, 64) and alone.scorer.stats["fd_lenet"].facts.count == NUM_IMAGES
+    assert alone.scorer.samples is not None and alike(alone.scorer.samples, images_of(job)[:64])
 
 
 def test_conditions_follow_the_shares_or_are_uniform_over_the_used_clusters(job: TrialJob) -> None:
-    by_share, uniform = worker(job).cluster_probs, worker(job, conditions="uniform").cluster_probs
+    by_share, uniform = worker(job).scorer.cluster_probs, worker(job, conditions="uniform").scorer.cluster_probs
     assert by_share is not None and uniform is not None
     assert by_share.tolist() == [1200 / 1797, 500 / 1797, 0, 97 / 1797]
     assert uniform.tolist() == [1, 1, 0, 1]
@@ -123,20 +129,20 @@ def test_conditions_follow_the_shares_or_are_uniform_over_the_used_clusters(job:
 
 def test_scoring_is_told_in_place_of_training(job: TrialJob) -> None:
     told, silent = worker(job, batch_size=40), worker(job, rank=1, world_size=2)
-    told.board, silent.board = Mock(), Mock()
-    told.score(0, NUM_IMAGES)
-    silent.score(0, NUM_IMAGES)
-    names = [call[0] for call in told.board.method_calls]
+    told.scorer.board, silent.scorer.board = board, other = Mock(), Mock()
+    told.scorer.score(0, NUM_IMAGES)
+    silent.scorer.score(0, NUM_IMAGES)
+    names = [call[0] for call in board.method_calls]
     assert (names[0], names[1], names[-2:]) == ("remove", "open", ["remove", "open"]) and "update" in names
-    key, label, done, total, unit = told.board.update.call_args.args
+    key, label, done, total, unit = board.update.call_args.args
     assert (key, label, total, unit) == (job.score_key, "C=4 scoring", NUM_IMAGES, "images") and 0 < done <= NUM_IMAGES
-    assert not silent.board.method_calls
+    assert not other.method_calls
 
 
 def test_the_last_rung_of_the_search_takes_several_sets_and_earlier_ones_one(job: TrialJob) -> None:
     many = worker(replace(job, diffusion=replace(job.diffusion, total_batch=500)), num_sets=3)
     first, last = many.train_to(1, Mock()), many.train_to(2, Mock())
-    sets = [many.score(number, NUM_IMAGES)["fd_lenet"] for number in range(3)]
+    sets = [many.scorer.score(number, NUM_IMAGES)["fd_lenet"] for number in range(3)]
     assert len(set(sets)) == 3 and last["score_sets"] == pytest.approx(sets, rel=1e-12)
     assert last["score"] == last["fd_lenet"] == pytest.approx(np.mean(sets), rel=1e-12)
     assert "score_sets" not in first and first["score"] == first["fd_lenet"] > 0
@@ -164,7 +170,7 @@ def test_the_meter_is_told_of_all_workers_and_what_each_asked_for(
     job: TrialJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meter = Mock()
-    monkeypatch.setattr(trial, "Meter", meter)
+    monkeypatch.setattr("cedm_ray.stages.worker.Meter", meter)
     Worker(job, 1, 2, CPU, gpus=0.5)
     meter.assert_called_once_with(CPU, 2, 0.5)
 
@@ -172,16 +178,16 @@ def test_the_meter_is_told_of_all_workers_and_what_each_asked_for(
 def test_the_final_sets_are_scored_one_by_one_and_the_first_one_s_features_kept(job: TrialJob, tmp_path: Path) -> None:
     alone = worker(replace(job, final_sets=2, path=tmp_path / "job"))
     alone.rungs = [{"kimg": 2, "score": 9.0}]
-    sets = [alone.score(number, NUM_IMAGES)["fd_lenet"] for number in range(2)]
+    sets = [alone.scorer.score(number, NUM_IMAGES)["fd_lenet"] for number in range(2)]
     assert alone.finish() == {"kimg": 2, "score": 9.0, "final_images": NUM_IMAGES, "final_scores": {"fd_lenet": sets}}
     kept = np.load(alone.job.features / "fd_lenet-0.npy")
-    np.testing.assert_allclose(kept, alone.detectors["fd_lenet"](images_of(job)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(kept, alone.scorer.detectors["fd_lenet"](images_of(job)), rtol=1e-3, atol=1e-3)
 
 
 def test_a_checkpoint_holds_the_samples_as_pixels_too(job: TrialJob, tmp_path: Path) -> None:
     alone = worker(job)
-    alone.score(0, NUM_IMAGES)
-    alone.score(1, NUM_IMAGES)
+    alone.scorer.score(0, NUM_IMAGES)
+    alone.scorer.score(1, NUM_IMAGES)
     alone.checkpoint(tmp_path)
     pixels = np.load(tmp_path / "samples.npy", allow_pickle=False)
     assert pixels.dtype == np.uint8 and pixels.shape == (64, 1, 8, 8)
@@ -205,6 +211,34 @@ def test_a_retraining_has_a_seed_of_its_own_on_the_same_clustering(planner: Plan
     assert planner.job({**params, "train_seed": 5}) == first
     assert planner.job({"grouping": "none", "num_clusters": 1, "train_seed": 3}).label == "unconditional (seed 3)"
     assert planner.job(params).search_kimg == planner.job(params, total_kimg=200_000).search_kimg == 100_000
+
+
+def test_how_a_training_is_computed_is_part_of_its_key_only_where_a_precision_is_asked_for(planner: Planner) -> None:
+    def path_with(**values: Any) -> Path:
+        return replace(planner, config=planner.config.with_values(values)).job(params).path
+
+    params = {"grouping": "none", "num_clusters": 1}
+    plain = planner.job(params).path
+    same = {"compute.compile": True, "compute.device_batch": 4, "compute.images": "streamed", "score.batch_size": 7}
+    assert path_with(**same) == plain
+    others = {path_with(**{f"compute.{name}": "bf16"}) for name in ("precision", "sample_precision")}
+    assert len(others | {plain}) == 3
+
+
+def test_images_that_do_not_fit_are_streamed(job: TrialJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(worker(job).source, ResidentImages)
+    asked: list[tuple[int, torch.device, float]] = []
+    monkeypatch.setattr("cedm_ray.stages.worker.fits", lambda *given: asked.append(given))
+    streamed = Worker(job, 0, 1, CPU, sharing=4.0).source
+    assert asked == [(1797 * 64, CPU, 4.0)]
+    assert isinstance(streamed, StreamedImages) and len(streamed) == 1797 and streamed.class_index is not None
+    assert isinstance(Worker(with_images(job, "resident"), 0, 1, CPU).source, ResidentImages)
+    monkeypatch.undo()
+    assert isinstance(Worker(with_images(job, "streamed"), 0, 1, CPU).source, StreamedImages)
+
+
+def with_images(job: TrialJob, where: Literal["resident", "streamed"]) -> TrialJob:
+    return replace(job, compute=ComputeSettings(images=where))
 
 
 def test_scores_of_a_retraining_are_of_other_images(job: TrialJob) -> None:

@@ -1,0 +1,194 @@
+"""One process of a training: it trains, scores and saves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from torch import Tensor
+
+from cedm_ray.clustering.clustering_io import load_clustering
+from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
+from cedm_ray.diffusion.compute import decide
+from cedm_ray.diffusion.image_source import ImageSource, ResidentImages, fits
+from cedm_ray.diffusion.settings import build_net
+from cedm_ray.diffusion.state_io import load_state, save_state
+from cedm_ray.diffusion.train import Progress, new_state, train
+from cedm_ray.metrics.stats import save_stats
+from cedm_ray.report.grids import sample_grid
+from cedm_ray.stages.board import Beat
+from cedm_ray.stages.energy import Meter
+from cedm_ray.stages.plan import TrialJob
+from cedm_ray.stages.scorer import Scorer
+from cedm_ray.stages.streamed import StreamedImages
+
+STATE_FILE = "state.safetensors"
+RUNGS_FILE = "rungs.json"
+SAMPLES_FILE = "samples.png"
+SAMPLE_PIXELS_FILE = "samples.npy"
+
+Rung = dict[str, Any]
+
+
+def samples_stats_file(metric: str) -> str:
+    """Name of the file, beside an unconditional model's checkpoint, with the statistics of its samples' features."""
+    return f"{metric}-samples.safetensors"
+
+
+class Worker:
+    """One process of a training: its share of the batch and of the generated images.
+
+    Args:
+        job: The training.
+        rank: Which process this is.
+        world_size: How many there are.
+        device: On which this one computes.
+        gpus: GPUs that each of them asked for, where it computes on one.
+        sharing: Processes, of all trainings, that share the memory of the device.
+    """
+
+    def __init__(
+        self,
+        job: TrialJob,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        *,
+        gpus: float = 1.0,
+        sharing: float = 1.0,
+    ) -> None:
+        self.job, self.rank, self.world_size = job, rank, world_size
+        self.compute = decide(job.compute, device)
+        packed = load_packed(job.images)
+        class_index: Tensor | None = None
+        cluster_probs: Tensor | None = None
+        if job.condition is not None:
+            clustering = load_clustering(job.condition, num_images=len(packed))
+            class_index = torch.from_numpy(clustering.assignments)
+            probs = torch.from_numpy(clustering.cluster_probs)
+            # An empty cluster was never trained on: uniform means over the used ones.
+            cluster_probs = (probs > 0).double() if job.score.conditions == "uniform" else probs
+        self.source = image_source(job, packed, class_index, device, sharing)
+        # Every process builds the same network; the caller's generators are left alone.
+        with torch.random.fork_rng([]):
+            torch.manual_seed(job.seed)
+            net = build_net(
+                job.diffusion,
+                packed.resolution,
+                packed.channels,
+                label_dim=job.num_clusters if job.condition is not None else 0,
+                augment=job.diffusion.augment_prob > 0,
+                sigma_data=job.diffusion.sigma_data,
+            )
+        self.state = new_state(net.to(device))
+        self.scorer = Scorer(job, self.state.ema, cluster_probs, rank, world_size, device, self.compute)
+        self.rungs: list[Rung] = []
+        self.meter = Meter(device, world_size, gpus)
+        self._steps: Generator[Progress, None, None] | None = None
+
+    def restore(self) -> list[Rung]:
+        """Go on from the newest checkpoint, if there is one; returns the rungs that are already done."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                load_state(self.state, Path(folder) / STATE_FILE)
+                self.rungs = json.loads((Path(folder) / RUNGS_FILE).read_text())
+        return list(self.rungs)
+
+    def missing_rungs(self) -> Iterator[int]:
+        """The rungs that are still to be trained to, in kimg."""
+        return (kimg for kimg in self.job.rungs_kimg if kimg * 1000 > self.state.nimg)
+
+    def train_to(self, kimg: int, beat: Beat) -> Rung:
+        """Train until so many kimg have been seen, score, and return the rung.
+
+        It is the same in every process but for the scores, which only rank 0 works out. At the end of the search they
+        are means over several sets of images, and ``score_sets`` holds each set's value of the score that decides;
+        what the rung cost counts from the one before it.
+        """
+        self.meter.start()
+        started_s, started_nimg = time.monotonic(), self.state.nimg
+        losses: list[Tensor] = []
+        for progress in self._training(kimg * 1000):
+            losses.append(progress.loss)
+            if self.rank == 0:
+                beat(progress.nimg / 1000)
+        loss = float(torch.stack(losses).mean())  # waits for the device
+        trained_s = time.monotonic() - started_s
+        rung: Rung = {
+            "kimg": kimg,
+            "nimg": self.state.nimg,
+            "loss": loss,
+            "images_per_s": (self.state.nimg - started_nimg) / trained_s,
+            "precision": self.compute.precision,
+            "sample_precision": self.compute.sample_precision,
+        }
+        last = kimg == self.job.search_kimg
+        sets = self.scorer.sets(self.job.score.num_sets if last else 1, self.job.score.num_images)
+        scores = {metric: statistics.fmean(values) for metric, values in sets.items()}
+        rung |= {"score": scores[self.job.scoring.metric], **scores, "num_images": self.job.score.num_images}
+        if last:
+            rung["score_sets"] = sets[self.job.scoring.metric]
+        rung |= {"score_s": time.monotonic() - started_s - trained_s, **self.meter.read()}
+        self.rungs.append(rung)
+        return rung
+
+    def _training(self, stop_nimg: int) -> Iterator[Progress]:
+        """The steps up to so many images seen; from rung to rung the network stays wrapped and compiled."""
+        if self._steps is None:
+            self._steps = train(
+                self.state,
+                self.source,
+                settings=self.job.diffusion,
+                stop_nimg=self.job.rungs_kimg[-1] * 1000,
+                seed=self.job.seed,
+                compute=self.compute,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        while self.state.nimg < stop_nimg:
+            yield next(self._steps)
+
+    def close(self) -> None:
+        """Free what the training holds beside its state: images that are read ahead."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def finish(self) -> Rung:
+        """Score the final sets of images and add them to the last rung; the features of the first set are kept."""
+        num_images = self.job.final_images
+        scores = self.scorer.sets(self.job.final_sets, num_images, keep_features=True)
+        self.rungs[-1] = {**self.rungs[-1], "final_scores": scores, "final_images": num_images}
+        return self.rungs[-1]
+
+    def checkpoint(self, folder: Path) -> ray.train.Checkpoint:
+        """Everything that is needed to go on, and the samples, in a folder that Ray Train copies to its place."""
+        save_state(self.state, folder / STATE_FILE)
+        (folder / RUNGS_FILE).write_text(json.dumps(self.rungs))
+        if self.scorer.samples is not None:
+            sample_grid(self.scorer.samples.numpy(), columns=8).save(folder / SAMPLES_FILE)
+            np.save(folder / SAMPLE_PIXELS_FILE, self.scorer.samples.numpy(), allow_pickle=False)
+        if self.job.grouping == "none":  # what other models' samples are compared with
+            for metric, stats in self.scorer.stats.items():
+                save_stats(stats, folder / samples_stats_file(metric))
+        return ray.train.Checkpoint.from_directory(str(folder))
+
+
+def image_source(
+    job: TrialJob, packed: PackedImages, class_index: Tensor | None, device: torch.device, sharing: float
+) -> ImageSource:
+    """The images on the device where they fit, else streamed by Ray Data: the same batches either way."""
+    resident = job.compute.images == "resident"
+    if job.compute.images == "auto":
+        resident = fits(packed.images.nbytes, device, sharing)
+    if not resident:
+        return StreamedImages(job.images / IMAGES, class_index, device)
+    on_device = None if class_index is None else class_index.to(device)
+    return ResidentImages(torch.from_numpy(np.array(packed.images)).to(device), on_device)
