@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cedm_ray.config import parse_flags
+from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.sampler import draw_conditions, generate
 from cedm_ray.errors import UserError, require
 from cedm_ray.report.grids import sample_grid
@@ -148,7 +149,7 @@ def _generate(
     """All images (none where they go into a folder, which holds any number of them), and their confidences."""
     kept: list[NDArray[np.uint8]] = []
     sure: list[NDArray[np.float32]] = []
-    done = 0
+    done, device = 0, next(model.net.parameters()).device
     for batch in generate(
         model.net,
         seed=settings.seed,
@@ -157,7 +158,8 @@ def _generate(
         batch_size=settings.batch_size,
         num_steps=settings.num_steps or model.num_steps,
         guidance=settings.guidance,
-        device=next(model.net.parameters()).device,
+        device=device,
+        precision=decide(ComputeSettings(), device).sample_precision,
     ):
         images = batch.cpu().numpy()
         if folder is None:

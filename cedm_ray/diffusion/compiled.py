@@ -1,15 +1,10 @@
 """A denoiser that is compiled where that works."""
 
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-
-from cedm_ray.diffusion.precond import EDMPrecond
-
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""D(x, sigma, class_index); an `EDMPrecond`, bare or compiled."""
+from torch import Tensor, nn
 
 
 class Compiled:
@@ -18,31 +13,41 @@ class Compiled:
     The network itself stays as it is: whoever calls it, and not this object, gets it without compilation.
 
     Args:
-        net: The network, on its device.
+        net: The network, on its device, bare or wrapped for several processes.
+        doing: What a warning says goes on without, such as "training".
     """
 
-    def __init__(self, net: EDMPrecond) -> None:
-        self._net = net
+    def __init__(self, net: nn.Module, doing: str) -> None:
+        self._net, self._doing = net, doing
         # Not dynamic: networks with another batch size have been compiled before in the same process, and torch would
         # take the size for a variable then.
-        self._call: Denoiser = torch.compile(net, dynamic=False)
+        self._call: Any = torch.compile(net, dynamic=False)
         self._tried = False
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_index: Tensor | None) -> Tensor:
-        """D(x; sigma); arguments as those of the network."""
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """As the network; a first call that fails leaves torch's generators as they were."""
         if self._tried:
-            return self._call(x, sigma, class_index)
+            found: Tensor = self._call(*inputs)
+            return found
         self._tried = True
+        device = next(self._net.parameters()).device
+        on_gpu = device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
         try:
-            return self._call(x, sigma, class_index)
+            found = self._call(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             # The first line of torch's own text names the compiler only, not what was wrong.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             warnings.warn(
-                f"torch.compile failed, and sampling goes on without it, slower: {reason}", RuntimeWarning, stacklevel=2
+                f"torch.compile failed, and {self._doing} goes on without it, slower: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
             )
-            without: Denoiser = self._net
-            self._call = without
-            return without(x, sigma, class_index)
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1], device)
+            self._call = self._net
+            found = self._call(*inputs)
+        return found

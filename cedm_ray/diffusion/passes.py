@@ -1,6 +1,5 @@
 """The network's passes of a training step: wrapped for several processes, compiled, in parts, scaled."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Compute, autocast
 from cedm_ray.diffusion.loss import Denoiser, edm_loss_per_pixel
 from cedm_ray.diffusion.precond import EDMPrecond
@@ -56,11 +56,8 @@ class Passes:
         self._sigma_data = sigma_data
         # A static graph cannot be held back (torch stops reducing the gradients) nor compiled in buckets.
         self._plain = _distributed(net, static_graph=self.size == local and not compute.compile)
-        self._denoiser: Denoiser = self._plain
-        self._compiled = compute.compile
-        if compute.compile:
-            # After the wrapping, so that gradients are reduced while the rest of the backward pass is computed.
-            self._denoiser = torch.compile(self._plain)
+        # After the wrapping, so that gradients are reduced while the rest of the backward pass is computed.
+        self._denoiser: Denoiser = Compiled(self._plain, "training") if compute.compile else self._plain
 
     def __call__(self, draw: Draw, scale: Callable[[Tensor], Tensor]) -> Tensor:
         """Add the gradients of the scaled loss to the parameters' and return the loss, unscaled and detached.
@@ -80,27 +77,6 @@ class Passes:
         return total
 
     def _pixels(self, part: Draw) -> Tensor:
-        if not self._compiled:
-            return self._loss(part)
-        self._compiled = False  # either it works this time, or it is not tried again
-        random = _random_state(self._device)
-        try:
-            return self._loss(part)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            warnings.warn(
-                f"torch.compile failed and the network is trained without it, slower: {type(error).__name__}: "
-                f"{reason[0][:300]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self._denoiser = self._plain
-            _restore(self._device, random)
-            return self._loss(part)
-
-    def _loss(self, part: Draw) -> Tensor:
         y, noise = part.y, part.noise
         if self._compute.channels_last:
             y, noise = (each.contiguous(memory_format=torch.channels_last) for each in (y, noise))
@@ -133,14 +109,3 @@ def _distributed(net: EDMPrecond, *, static_graph: bool) -> EDMPrecond | Distrib
         gradient_as_bucket_view=True,
         static_graph=static_graph,
     )
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _restore(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    on_cpu, on_gpu = state
-    torch.set_rng_state(on_cpu)
-    if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, device)

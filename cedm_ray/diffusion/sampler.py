@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cedm_ray.diffusion.compiled import Compiled, Denoiser
+from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Precision, autocast
 from cedm_ray.diffusion.fitting import even_batch, fitting_batch
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.streams import Purpose, numpy_stream
 from cedm_ray.diffusion.unet import NO_CONDITION
+
+Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""D(x, sigma, class_index); an `EDMPrecond`, bare or compiled."""
 
 
 def sigma_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -222,7 +225,7 @@ def generate(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if batch_size is None:
         batch_size = even_batch(len(indices), max(fitting_batch(net, device) // (2 if guidance else 1), 1))
-    denoiser: Denoiser = Compiled(net) if compile else net
+    denoiser: Denoiser = Compiled(net, "sampling") if compile else net
 
     def start_of(first: int) -> _Start:
         part = indices[first : first + batch_size]

@@ -62,7 +62,8 @@ class Speeds:
 
     def __init__(self, storage: Path, config: SearchConfig, resolution: int) -> None:
         tree = config.model_dump(mode="json")
-        inputs = {name: tree[name] for name in ("diffusion", "compute", "score", "resources")} | {"resolution": resolution}
+        sections = ("diffusion", "compute", "score", "resources")
+        inputs = {name: tree[name] for name in sections} | {"resolution": resolution}
         self._file = storage / "speeds" / f"{key_of(inputs)}.json"
         self._config, self._resolution = config, resolution
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import build_net
@@ -113,6 +114,7 @@ def _generate(
     batch_size: int | None,
 ) -> Iterator[Tensor]:
     """Images of either network, with the sampler of the scores."""
+    device = next(net.parameters()).device
     return generate(
         net,
         seed=seed,
@@ -120,7 +122,8 @@ def _generate(
         cluster_probs=probs,
         batch_size=batch_size,
         num_steps=model.num_steps,
-        device=next(net.parameters()).device,
+        device=device,
+        precision=decide(ComputeSettings(), device).sample_precision,
     )
 
 
