@@ -18,6 +18,7 @@ from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.budget import Plan, Speeds, workload
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
+from cedm_ray.stages.lock import owned
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.result import SearchResult, print_pairs, read_result, show
@@ -53,8 +54,8 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     check_inputs(config, source)
     plan_of(config, storage, source.resolution, has_labels=source.num_classes is not None).check()
     folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", config.model_dump(mode="json"))
-    with noise_to(folder / "search.log", terminal):
+    with owned(folder), noise_to(folder / "search.log", terminal):
+        write_json(folder / "config.json", config.model_dump(mode="json"))
         return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
 
 

@@ -1,0 +1,50 @@
+"""One driver for each run folder: a second one is refused, and a killed one leaves nothing behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cedm_ray.errors import UserError
+from cedm_ray.stages.store import read_json
+
+LOCK_FILE = "driver.lock"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the system frees it when the process ends, however it ends.
+
+    Args:
+        folder: The run folder, which exists; on a shared file system that passes on ``flock`` (NFS 4 does).
+
+    Raises:
+        UserError: If another process holds it, with its host and process id.
+    """
+    # Not emptied on opening: what the owner has written there stays readable.
+    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} belongs to {_owner(folder)}; wait for it or end it first") from None
+        handle.truncate(0)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+        handle.write(json.dumps(owner))
+        handle.flush()
+        try:
+            yield
+        finally:
+            handle.truncate(0)
+
+
+def _owner(folder: Path) -> str:
+    owner = read_json(folder / LOCK_FILE)
+    if not isinstance(owner, dict):
+        return "another search that runs"
+    return f"the search of process {owner['pid']} on {owner['host']}, which runs since {owner['since']}"
