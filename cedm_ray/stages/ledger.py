@@ -20,6 +20,7 @@ from cedm_ray.stages.worker import SAMPLES_FILE
 RUNG_NAMES = (
     "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "score_sets", "final_scores",
     "final_images", "device_hours", "device", "energy_kwh", "precision", "sample_precision",
+    "device_batch",
 )  # fmt: skip
 LOGGED = ("nimg", "loss", "images_per_s", "score_s", "device_hours", "energy_kwh")
 

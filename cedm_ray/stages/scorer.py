@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cedm_ray.diffusion.compute import Compute
+from cedm_ray.diffusion.fitting import fitting_batch
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.metrics.detectors import features_and_logits
@@ -50,6 +51,7 @@ class Scorer:
     ) -> None:
         self.job, self.net, self.cluster_probs = job, net, cluster_probs
         self.rank, self.world_size, self.device, self.compute = rank, world_size, device, compute
+        self.batch_size = job.score.batch_size
         self.detectors = {ref.metric: ref.detector.load(device) for ref in job.scoring.references}
         self.stats: dict[str, FeatureStats] = {}
         """Of the last generated images; in the first process."""
@@ -92,15 +94,30 @@ class Scorer:
         return {metric: self._distance(metric, each) for metric, each in sums.items()}
 
     def _generated(self, first: int, num_images: int) -> Iterator[Tensor]:
-        """This process' share of the images from ``first`` on, in batches."""
+        """This process' share of the images from ``first`` on, in batches, which shrink where memory is too small."""
         # A contiguous block each; rank 0 has the first ones, which are also the samples that people look at.
         bounds = np.linspace(first, first + num_images, self.world_size + 1).astype(int)
+        done, end = int(bounds[self.rank]), int(bounds[self.rank + 1])
+        while done < end:
+            try:
+                for images in self._batches(range(done, end)):
+                    yield images
+                    done += len(images)
+            except torch.OutOfMemoryError:
+                # The images do not depend on the batch, and the other processes do not wait for this one here.
+                batch = self.batch_size or fitting_batch(self.net, self.device)
+                if batch == 1:
+                    raise
+                self.batch_size = batch // 2
+                torch.cuda.empty_cache()
+
+    def _batches(self, indices: range) -> Iterator[Tensor]:
         return generate(
             self.net,
             seed=self.job.seed,
-            indices=range(bounds[self.rank], bounds[self.rank + 1]),
+            indices=indices,
             cluster_probs=self.cluster_probs,
-            batch_size=self.job.score.batch_size,
+            batch_size=self.batch_size,
             num_steps=self.job.score.num_steps,
             device=self.device,
             precision=self.compute.sample_precision,

@@ -96,24 +96,31 @@ class TrialSource:
         self._nothing_new = False
         if key in self._running or self._search is None:
             self._ledger.add(self._running[key], result)
+            ended = self._diverged(self._running[key], result)
             self._on_score()
-            return "continue"
+            return "stop" if ended else "continue"
         return self._told(key, {"grouping": self._grouping, **self._search.runs[key].params}, result)
 
     def _told(self, key: str, params: Params, result: Mapping[str, Any], *, stored: bool = False) -> Verdict:
         """Write down and decide on a rung of the search, reported now or found in the store."""
         assert self._search is not None
         self._ledger.add(params, result, stored=stored)
-        scores = {name: float(result[name]) for name in self._metrics}
-        bad = next((f"{name} is {value:g}" for name, value in scores.items() if not math.isfinite(value)), None)
-        if bad is not None:  # no search can go on from such a number, nor can the training
-            self._ledger.close(params, reason=f"{bad} at {result['kimg']:,} kimg: the training has diverged")
+        if self._diverged(params, result):
             return "stop"
-        verdict = self._search.tell(key, int(result["kimg"]), list(scores.values()))
+        scores = [float(result[name]) for name in self._metrics]
+        verdict = self._search.tell(key, int(result["kimg"]), scores)
         if verdict == "pause":
             self._ledger.pause(params)
         self._on_score()
         return verdict
+
+    def _diverged(self, params: Params, result: Mapping[str, Any]) -> bool:
+        """Whether a report holds what is no number: no search can go on from it, nor can the training."""
+        numbers = {name: float(result[name]) for name in ("loss", *self._metrics) if name in result}
+        bad = next((f"{name} is {value:g}" for name, value in numbers.items() if not math.isfinite(value)), None)
+        if bad is not None:
+            self._ledger.close(params, reason=f"{bad} at {result['kimg']:,} kimg: the training has diverged")
+        return bad is not None
 
     def end(self, key: str, failed: bool) -> None:
         """A training is over."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cedm_ray.clustering.clustering_io import load_clustering
 from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
 from cedm_ray.diffusion.compute import decide
 from cedm_ray.diffusion.image_source import ImageSource, ResidentImages, fits
-from cedm_ray.diffusion.settings import build_net
+from cedm_ray.diffusion.passes import part_size
+from cedm_ray.diffusion.settings import build_net, local_batch
 from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.train import Progress, new_state, train
 from cedm_ray.metrics.stats import save_stats
@@ -27,12 +31,15 @@ from cedm_ray.stages.board import Beat
 from cedm_ray.stages.energy import Meter
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.scorer import Scorer
+from cedm_ray.stages.store import read_json, write_json
 from cedm_ray.stages.streamed import StreamedImages
 
 STATE_FILE = "state.safetensors"
 RUNGS_FILE = "rungs.json"
 SAMPLES_FILE = "samples.png"
 SAMPLE_PIXELS_FILE = "samples.npy"
+DEVICE_BATCH_FILE = "device_batch.json"
+"""Beside the checkpoints of a training that has once run out of memory: what a process computes at once since."""
 
 Rung = dict[str, Any]
 
@@ -65,7 +72,8 @@ class Worker:
         sharing: float = 1.0,
     ) -> None:
         self.job, self.rank, self.world_size = job, rank, world_size
-        self.compute = decide(job.compute, device)
+        halved = read_json(job.path / DEVICE_BATCH_FILE) or {}
+        self.compute = replace(decide(job.compute, device), **halved)
         packed = load_packed(job.images)
         class_index: Tensor | None = None
         cluster_probs: Tensor | None = None
@@ -90,6 +98,7 @@ class Worker:
         self.state = new_state(net.to(device))
         self.scorer = Scorer(job, self.state.ema, cluster_probs, rank, world_size, device, self.compute)
         self.rungs: list[Rung] = []
+        self._local = local_batch(job.diffusion.total_batch, world_size)
         self.meter = Meter(device, world_size, gpus)
         self._steps: Generator[Progress, None, None] | None = None
 
@@ -120,7 +129,7 @@ class Worker:
             losses.append(progress.loss)
             if self.rank == 0:
                 beat(progress.nimg / 1000)
-        loss = float(torch.stack(losses).mean())  # waits for the device
+        loss = self._loss(torch.stack(losses))  # waits for the device
         trained_s = time.monotonic() - started_s
         rung: Rung = {
             "kimg": kimg,
@@ -129,9 +138,14 @@ class Worker:
             "images_per_s": (self.state.nimg - started_nimg) / trained_s,
             "precision": self.compute.precision,
             "sample_precision": self.compute.sample_precision,
+            "device_batch": part_size(self._local, self.compute.device_batch),
         }
         last = kimg == self.job.search_kimg
-        sets = self.scorer.sets(self.job.score.num_sets if last else 1, self.job.score.num_images)
+        num_sets = self.job.score.num_sets if last else 1
+        if math.isnan(loss):  # images of such weights cost as much as others and say nothing
+            sets = {metric: [math.nan] * num_sets for metric in self.scorer.detectors}
+        else:
+            sets = self.scorer.sets(num_sets, self.job.score.num_images)
         scores = {metric: statistics.fmean(values) for metric, values in sets.items()}
         rung |= {"score": scores[self.job.scoring.metric], **scores, "num_images": self.job.score.num_images}
         if last:
@@ -154,7 +168,31 @@ class Worker:
                 world_size=self.world_size,
             )
         while self.state.nimg < stop_nimg:
-            yield next(self._steps)
+            try:
+                yield next(self._steps)
+            except torch.OutOfMemoryError:
+                self._halve_device_batch()
+                raise
+
+    def _loss(self, losses: Tensor) -> float:
+        """Mean over the steps whose loss is a number; NaN where that of the last step is none in any process.
+
+        A single step may overflow, and its gradients are cleaned; a training whose last step gave no number is lost.
+        """
+        finite = losses.isfinite()
+        lost = 1 - finite[-1].to(torch.float32)
+        if dist.is_initialized():  # all processes decide alike: they score together or not at all
+            dist.all_reduce(lost, dist.ReduceOp.MAX)
+        return math.nan if lost else float(losses[finite].mean())
+
+    def _halve_device_batch(self) -> None:
+        """Note that the processes, when they are started again, compute half as many images at once; this once.
+
+        The process cannot go on by itself: the others wait for its gradients.
+        """
+        file, now = self.job.path / DEVICE_BATCH_FILE, part_size(self._local, self.compute.device_batch)
+        if now > 1 and read_json(file) is None:
+            write_json(file, {"device_batch": now // 2})
 
     def close(self) -> None:
         """Free what the training holds beside its state: images that are read ahead."""

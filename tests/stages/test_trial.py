@@ -1,5 +1,7 @@
 """The workers of a trial, without Ray: what they generate and score, and what a trial asks of the cluster."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,8 @@ from cedm_ray.data.digits import digits
 from cedm_ray.data.pack import pack
 from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.diffusion.image_source import ResidentImages
+from cedm_ray.diffusion.sampler import generate
+from cedm_ray.diffusion.train import Progress, train
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
@@ -50,7 +54,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
         label="C=4", grouping="file", num_clusters=4, clustering=None, condition=folder / "groups.safetensors",
         images=folder / "images",
         diffusion=DiffusionSettings(
-            model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), total_batch=4
+            model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), total_batch=12
         ),
         compute=ComputeSettings(),
         score=ScoreSettings(detector="lenet", num_images=NUM_IMAGES, num_steps=3, batch_size=32),
@@ -223,6 +227,65 @@ def test_how_a_training_is_computed_is_part_of_its_key_only_where_a_precision_is
     assert path_with(**same) == plain
     others = {path_with(**{f"compute.{name}": "bf16"}) for name in ("precision", "sample_precision")}
     assert len(others | {plain}) == 3
+
+
+def failing(error: Exception, times: int) -> Any:
+    """A training that ends with an error, the first times that it is tried."""
+    left = [times]
+
+    def trains(state: Any, source: Any, **given: Any) -> Iterator[Progress]:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        yield from train(state, source, **given)
+
+    return trains
+
+
+def test_want_of_memory_halves_once_what_is_computed_at_once_when_the_processes_start_again(
+    job: TrialJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(job, path=tmp_path, diffusion=replace(job.diffusion, total_batch=500))
+    monkeypatch.setattr("cedm_ray.stages.worker.train", failing(torch.OutOfMemoryError("full"), times=2))
+    with pytest.raises(torch.OutOfMemoryError):
+        worker(job).train_to(1, Mock())
+    again = worker(job)
+    assert again.compute.device_batch == 250
+    with pytest.raises(torch.OutOfMemoryError):  # a second time it is the training that is too large
+        again.train_to(1, Mock())
+    third = worker(job)
+    assert third.compute.device_batch == 250 and third.train_to(1, Mock())["device_batch"] == 250
+    assert worker(replace(job, path=tmp_path / "other")).compute.device_batch is None
+
+
+def test_want_of_memory_in_sampling_changes_no_image(job: TrialJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sizes = images_of(job), []
+
+    def short(net: Any, *, batch_size: int, indices: range, **given: Any) -> Iterator[torch.Tensor]:
+        sizes.append(batch_size)
+        batches = generate(net, batch_size=batch_size, indices=indices, **given)
+        yield next(batches)
+        if batch_size > 16:
+            raise torch.OutOfMemoryError("full")
+        yield from batches
+
+    monkeypatch.setattr("cedm_ray.stages.scorer.generate", short)
+    assert alike(images_of(job, batch_size=64), whole) and sizes == [64, 32, 16]
+    with pytest.raises(torch.OutOfMemoryError):
+        monkeypatch.setattr("cedm_ray.stages.scorer.generate", Mock(side_effect=torch.OutOfMemoryError("full")))
+        images_of(job)
+
+
+def test_a_training_whose_loss_is_no_number_any_more_is_not_scored(
+    job: TrialJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = worker(job)
+    assert lost._loss(torch.tensor([1.0, math.inf, 3.0])) == 2.0  # a step that overflowed is left out
+    for parameter in lost.state.net.parameters():
+        parameter.data.fill_(math.nan)
+    monkeypatch.setattr(lost.scorer, "sets", Mock(side_effect=AssertionError("scored")))
+    rung = lost.train_to(1, Mock())
+    assert math.isnan(rung["loss"]) and math.isnan(rung["score"]) and math.isnan(rung["fd_lenet"])
 
 
 def test_images_that_do_not_fit_are_streamed(job: TrialJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -415,6 +415,18 @@ def test_a_given_training_that_fails_ends_no_other() -> None:
     assert search.runs.in_state("complete")
 
 
+def test_a_given_training_that_diverges_is_ended_with_the_reason() -> None:
+    config = config_of("none", "random")
+    ledger = FakeLedger(config)
+    source = source_of(ledger, search_of(config), BASELINES)
+    leg = source.ask()
+    assert leg is not None
+    assert source.tell(leg.key, {"kimg": 1, "loss": math.nan, "score": math.nan}) == "stop"
+    source.end(leg.key, failed=False)
+    record = ledger.record(leg.params)
+    assert (record.state, record.reason) == ("failed", "loss is nan at 1 kimg: the training has diverged")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("rule", "sampler"), RULES)
 def test_a_training_that_diverges_is_ended_and_the_search_never_hears_of_it(
