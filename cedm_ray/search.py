@@ -16,6 +16,7 @@ from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.budget import Plan, Speeds, workload
+from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.lock import owned
@@ -52,11 +53,25 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
         terminal.line(f"{folder} is complete: all is done")
         return done
     check_inputs(config, source)
+    _look(config, source, terminal)
     plan_of(config, storage, source.resolution, has_labels=source.num_classes is not None).check()
     folder.mkdir(exist_ok=True)
     with owned(folder), noise_to(folder / "search.log", terminal):
         write_json(folder / "config.json", config.model_dump(mode="json"))
         return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
+
+
+def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None:
+    """What this machine lacks, as far as that shows in no time; python -m cedm_ray.doctor looks at the rest.
+
+    Raises:
+        UserError: If the search would fail.
+    """
+    findings = quick_findings(config, source)
+    refuse_failures(findings)
+    for finding in findings:
+        if finding.level == "warn" or finding.name == "disk":
+            terminal.line(f"  {finding.name}: {finding.text}" + (f"; {finding.fix}" if finding.fix else ""))
 
 
 def dry_run(config: SearchConfig, console: Console) -> None:

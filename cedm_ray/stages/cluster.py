@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -81,6 +83,13 @@ def _start() -> None:
         )
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]
+    _keep_private(Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")))
+
+
+def _keep_private(token: Path) -> None:
+    """Ray makes the token with which its clients show who they are readable for everybody."""
+    with contextlib.suppress(OSError):
+        token.chmod(0o600)
 
 
 def shares(settings: ResourceSettings, nodes: Iterable[Mapping[str, Any]]) -> Shares:

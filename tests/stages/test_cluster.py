@@ -1,6 +1,7 @@
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from cedm_ray.errors import UserError
 from cedm_ray.settings import ResourceSettings
-from cedm_ray.stages.cluster import Shares, shares
+from cedm_ray.stages.cluster import Shares, _keep_private, shares
 
 
 def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
@@ -216,3 +217,12 @@ def _placed(worker: dict[str, float], count: int, timeout_s: float) -> bool:
     placed = bool(group.wait(timeout_s))
     remove_placement_group(group)
     return placed
+
+
+def test_the_token_is_for_its_owner_alone(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    _keep_private(token)  # none was made
+    token.write_text("secret")
+    token.chmod(0o644)
+    _keep_private(token)
+    assert token.stat().st_mode & 0o777 == 0o600
