@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -20,11 +22,15 @@ from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.lock import owned
+from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.result import SearchResult, print_pairs, read_result, show
 from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
 from cedm_ray.weights.files import file_sha256
+
+if TYPE_CHECKING:
+    from cedm_ray.stages.tracking import Tracker
 
 
 def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
@@ -51,13 +57,15 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     done = read_result(folder)
     if done is not None:
         terminal.line(f"{folder} is complete: all is done")
+        if read_journal(folder / OUTBOX_FILE).waiting():  # the tracking server was down when the search ended
+            _tracker(config, source.name, folder, terminal).close()
         return done
     check_inputs(config, source)
     _look(config, source, terminal)
     plan_of(config, storage, source.resolution, has_labels=source.num_classes is not None).check()
     folder.mkdir(exist_ok=True)
     with owned(folder), noise_to(folder / "search.log", terminal):
-        write_json(folder / "config.json", config.model_dump(mode="json"))
+        write_json(folder / "config.json", settings_of(config))
         return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
 
 
@@ -94,6 +102,12 @@ def dry_run(config: SearchConfig, console: Console) -> None:
     plan.check()
     console.print(f"plan for {name}, {note} (nothing is started)")
     print_pairs(plan.lines(), console)
+
+
+def settings_of(config: SearchConfig) -> dict[str, Any]:
+    """The settings as they are kept and logged: as plain JSON values, and without a name and a password in a URI."""
+    tree = config.model_dump(mode="json")
+    return {**tree, "tracking_uri": re.sub(r"//[^/@\s]+@", "//", tree["tracking_uri"] or "") or None}
 
 
 def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels: bool) -> Plan:
@@ -144,17 +158,16 @@ def _search(
     from cedm_ray.stages.cluster import connected
     from cedm_ray.stages.context import Context
     from cedm_ray.stages.pipeline import find_visual_groups
-    from cedm_ray.stages.tracking import Tracker, database_uri, flat
+    from cedm_ray.stages.tracking import flat
 
     storage = folder.parent
     store = Store(storage / "store")
     terminal.line(f"search {folder.name}, everything is kept under {storage}")
     images = pack_images(source, store, terminal, config.on_bad_image)
     packed = load_packed(images)
-    artifacts = None if config.tracking_uri else storage / "mlflow-artifacts"
-    tracker = Tracker(config.tracking_uri or database_uri(storage), f"cedm_ray/{source.name}", artifacts)
+    tracker = _tracker(config, source.name, folder, terminal)
     tags = {"stage": "search", "dataset": source.name, "state": "running", "skipped_images": packed.facts.skipped}
-    run_id = tracker.start(key, folder.name, flat(config.model_dump(mode="json")), tags)
+    run_id = tracker.start(key, folder.name, flat(settings_of(config)), tags)
     state = "interrupted"
     try:
         terminal.line("starting Ray")
@@ -180,6 +193,16 @@ def _search(
         raise
     finally:
         tracker.end(run_id, state)
+        tracker.close()
+
+
+def _tracker(config: SearchConfig, name: str, folder: Path, terminal: Terminal) -> Tracker:
+    """MLflow, whose journal lies in the run folder."""
+    from cedm_ray.stages.tracking import Tracker, database_uri
+
+    uri = config.tracking_uri or database_uri(folder.parent)
+    artifacts = None if config.tracking_uri else folder.parent / "mlflow-artifacts"
+    return Tracker(uri, f"cedm_ray/{name}", artifacts, folder, terminal.line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

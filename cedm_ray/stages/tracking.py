@@ -1,30 +1,28 @@
-"""MLflow, written to by the driver alone: one parent run per search, one child run per trial, none doubled."""
+"""MLflow, written to by the driver alone: one parent run per search, one child run per trial, none doubled.
+
+What is to be written goes through an outbox (:mod:`cedm_ray.stages.outbox`): a server that is away delays it, and
+nothing else. Runs are called by our own keys; MLflow's ids are found when something is delivered.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
-import os
 import sys
-import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from cedm_ray.errors import UserError
+from cedm_ray.stages.delivery import Delivery, shown, written
+from cedm_ray.stages.outbox import OUTBOX_FILE, Outbox
+from cedm_ray.stages.store import key_of
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from mlflow.entities import Metric, Param, RunTag
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
-
-KEY_TAG = "cedm_ray.key"
 MAX_PARAM = 500
+START_WAIT_S = 10.0
+CLOSE_WAIT_S = 60.0
+_LOG = logging.getLogger(__name__)
 
 
 def database_uri(storage: Path) -> str:
@@ -47,110 +45,148 @@ def ui_command(uri: str) -> str:
 class Tracker:
     """One search in MLflow.
 
+    Every method returns as soon as the operation is on disk; a thread delivers it.
+
     Args:
         uri: Tracking URI; the database is made on first use.
         experiment: Name of the experiment; made if it does not exist.
         artifacts: Absolute folder for the artifacts of a new experiment (None: where the server keeps them).
+        folder: Folder of the search, which keeps what MLflow does not have yet; what an earlier process left there is
+            delivered (None: it is kept until this process ends).
+        say: Hears one line when MLflow stops answering and one when it answers again.
 
     Raises:
-        UserError: If the tracking store does not answer.
+        UserError: If the tracking store can never answer; a server that is down, or a database that is locked, may.
     """
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path | None) -> None:
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        self._opened: dict[str, str] = {}  # run ids by key
-        self._logged: dict[str, set[int]] = {}  # kimg that a run has by its id
-        try:
-            self._client = MlflowClient(tracking_uri=uri)
-            found = self._client.get_experiment_by_name(experiment)
-            self.experiment_id = (
-                found.experiment_id
-                if found
-                else self._client.create_experiment(experiment, artifacts.as_uri() if artifacts else None)
-            )
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise UserError(
-                f"tracking store {uri} does not answer ({_first_line(error)}); start it, or give another --tracking-uri"
-            ) from error
-        self.uri, self.parent_id = uri, ""
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifacts: Path | None,
+        folder: Path | None = None,
+        say: Callable[[str], None] = _LOG.warning,
+    ) -> None:
+        self._delivery = Delivery(uri, experiment, artifacts)
+        self._delivery.first_connect()
+        self._scratch = None if folder else TemporaryDirectory(prefix="cedm_ray-")
+        file = (folder or Path(self._scratch.name if self._scratch else "")) / OUTBOX_FILE
+        self._say, self.uri, self.parent_id = say, shown(uri), ""
+        """``parent_id`` names the search's own run: MLflow's id if it is known when the search starts, else our key."""
+        self._parent, self._keys = "", dict[str, str]()  # keys of runs by MLflow's id
+        self._outbox = Outbox(file, key_of({"uri": uri, "experiment": experiment}), self._delivery.send, say)
+        self._told: set[Hashable] = set()
+        self._open_now: set[str] = set()
+        journal = self._outbox.journal
+        for number, operation in sorted(journal.operations.items()):
+            self._delivery.recall(operation, journal.receipts.get(number))
+            if number not in journal.elsewhere:
+                self._told.update(_marks(operation.kind, operation.run, operation.body))
+        self._outbox.start()
+        atexit.register(self.close)
 
     def start(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
-        """Open the parent run of a search, or go on with it; returns its id."""
-        self.parent_id = self._open(key, name, params, tags)
+        """Open the parent run of a search, or go on with it; returns what names it, as :attr:`parent_id`."""
+        self._parent = key
+        self._open(key, {"parent": None, "key": key, "name": name}, params, tags)
+        self._outbox.wait_for(lambda: key in self._delivery.ids, START_WAIT_S)
+        self.parent_id = self.run_id(key) or key
         return self.parent_id
 
     def child(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
-        """Open the child run of a trial, or go on with it; returns its id."""
-        return self._open(f"{self.parent_id}/{key}", name, params, {**tags, "mlflow.parentRunId": self.parent_id})
+        """Open the child run of a trial, or go on with it; returns what names it in the other methods."""
+        run = f"{self._parent}/{key}"
+        self._open(run, {"parent": self._parent, "key": key, "name": name}, params, tags)
+        return run
 
-    def _open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
-        if key in self._opened:
-            self._tag(self._opened[key], tags)
-            return self._opened[key]
-        run_id = self._opened[key] = self._found(key, tags) or self._created(key, name, params, tags)
-        return run_id
+    def run_id(self, run: str) -> str | None:
+        """MLflow's id of a run, or None while MLflow has not said it."""
+        found = self._delivery.ids.get(self._key(run))
+        if found is not None:
+            self._keys[found] = self._key(run)
+        return found
 
-    def _found(self, key: str, tags: Mapping[str, Any]) -> str | None:
-        """A run that an earlier process of this search opened."""
-        found = self._client.search_runs([self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        if not found:
-            return None
-        run_id = str(found[0].info.run_id)
-        self._client.update_run(run_id, status="RUNNING")
-        self._logged[run_id] = {metric.step for metric in self._client.get_metric_history(run_id, "kimg")}
-        self._tag(run_id, tags)
-        return run_id
+    def _key(self, run: str) -> str:
+        return self._keys.get(run, run)
 
-    def _created(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
-        run = self._client.create_run(self.experiment_id, tags={KEY_TAG: key, **_texts(tags)}, run_name=name)
-        self._client.log_batch(run.info.run_id, params=[Param(k, v[:MAX_PARAM]) for k, v in _texts(params).items()])
-        return str(run.info.run_id)
-
-    def metrics(self, run_id: str, values: Mapping[str, float], kimg: int) -> None:
-        """Log metrics at a number of kimg, once: the second time the same kimg is left out."""
-        logged = self._logged.setdefault(run_id, set())
-        if kimg in logged:
+    def _open(self, run: str, body: dict[str, Any], params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        if run in self._open_now:
+            self._tag(run, tags)
             return
-        logged.add(kimg)
-        self.points(run_id, {**values, "kimg": float(kimg)}, kimg)
+        shortened = {name: value[:MAX_PARAM] for name, value in _texts(params).items()}
+        self._outbox.put("open", run, {**body, "params": shortened, "tags": _texts(tags)})
+        self._open_now.add(run)
 
-    def points(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a step of their own."""
-        now_ms = int(time.time() * 1000)
-        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
+    def metrics(self, run: str, values: Mapping[str, float], kimg: int) -> None:
+        """Log metrics at a number of kimg, once: the second time the same kimg is left out."""
+        self._once("metrics", run, {"values": {**_floats(values), "kimg": float(kimg)}, "step": kimg})
 
-    def series(self, run_id: str, name: str, values: Sequence[float]) -> None:
+    def points(self, run: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics at a step of their own; a value that the run has at this step already is left out."""
+        run = self._key(run)
+        marks = {name: ("points", run, name, step, written(value)) for name, value in _floats(values).items()}
+        new = {name: float(values[name]) for name, mark in marks.items() if mark not in self._told}
+        if new:
+            self._once("points", run, {"values": new, "step": step})
+
+    def series(self, run: str, name: str, values: Sequence[float]) -> None:
         """Log one metric at the steps 0, 1, ..., once: where the run has it already, it is left out."""
-        if values and not self._client.get_metric_history(run_id, name):
-            now_ms = int(time.time() * 1000)
-            points = [Metric(name, float(value), now_ms, step) for step, value in enumerate(values)]
-            self._client.log_batch(run_id, metrics=points)
+        if values:
+            self._once("series", run, {"name": name, "values": [float(value) for value in values]})
 
-    def artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """Add a file to a run."""
-        self._client.log_artifact(run_id, str(path), folder)
+    def _once(self, kind: str, run: str, body: Mapping[str, Any]) -> None:
+        marks = set(_marks(kind, self._key(run), body))
+        if not marks <= self._told:
+            self._outbox.put(kind, self._key(run), body)
+            self._told |= marks
 
-    def end(self, run_id: str, state: str, tags: Mapping[str, Any] | None = None) -> None:
+    def artifact(self, run: str, path: Path, folder: str | None = None) -> None:
+        """Add a file to a run, as the file is when it is delivered."""
+        self._outbox.put("artifact", self._key(run), {"path": str(path.absolute()), "folder": folder})
+
+    def end(self, run: str, state: str, tags: Mapping[str, Any] | None = None) -> None:
         """Close a run; ``state`` is kept as a tag and decides MLflow's own status."""
-        self._tag(run_id, {"state": state, **(tags or {})})
         status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")
-        self._client.set_terminated(run_id, status)
+        told = _texts({"state": state, **(tags or {})})
+        self._outbox.put("end", self._key(run), {"status": status, "tags": told})
 
-    def describe(self, run_id: str, text: str) -> None:
+    def describe(self, run: str, text: str) -> None:
         """The description that MLflow shows on the run's page (Markdown)."""
-        self._tag(run_id, {"mlflow.note.content": text})
+        self._tag(run, {"mlflow.note.content": text})
 
-    def _tag(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in _texts(tags).items()])
+    def _tag(self, run: str, tags: Mapping[str, Any]) -> None:
+        if _texts(tags):
+            self._outbox.put("tags", self._key(run), {"tags": _texts(tags)})
+
+    def close(self, timeout_s: float = CLOSE_WAIT_S) -> int:
+        """Wait until MLflow has everything, at most so long, and end; returns the number of operations that are left.
+
+        They stay in the search's folder, and the next tracker on it delivers them.
+        """
+        atexit.unregister(self.close)
+        left = self._outbox.close(timeout_s)
+        if left:
+            self._say(f"MLflow has not got {left} operations; {self._outbox.file} keeps them for the next run")
+        return left
+
+
+def _marks(kind: str, run: str, body: Mapping[str, Any]) -> Iterator[Hashable]:
+    """What of an operation is not to be logged a second time."""
+    if kind == "metrics":
+        yield "metrics", run, body["step"]
+    elif kind == "series":
+        yield "series", run, body["name"]
+    elif kind == "points":
+        for name, value in body["values"].items():
+            yield "points", run, name, body["step"], written(value)
+
+
+def _floats(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in values.items() if value is not None}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
