@@ -12,15 +12,14 @@ from rich.console import Console
 
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
 from cedm_ray.data.pack import load_packed
-from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS, open_source
+from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
 from cedm_ray.data.sources import ImageSource
-from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.budget import Plan, Speeds, workload
 from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.features import check_detectors
-from cedm_ray.stages.images import pack_images
+from cedm_ray.stages.images import open_images, pack_images
 from cedm_ray.stages.lock import owned
 from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.stages.preflight import check_inputs
@@ -47,7 +46,7 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
         UserError: If the settings cannot work; nothing was computed then.
     """
     terminal = terminal or Terminal()
-    source = _open(config)
+    source = open_images(config)
     weights_hash = check_backbone(config.backbone, config.backbone_weights)
     detector_hashes = check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)
     storage = prepare_storage(config.storage_path)
@@ -91,7 +90,7 @@ def dry_run(config: SearchConfig, console: Console) -> None:
     resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
     name, note = config.dataset, "the images are not there yet"
     try:
-        source = _open(config, download=False)
+        source = open_images(config, download=False)
     except UserError:
         if not resolution:
             raise
@@ -128,19 +127,6 @@ def file_hashes(config: SearchConfig) -> dict[str, str]:
     if missing:
         raise UserError(f"{missing[0]} does not exist; give the path of a file")
     return {name: file_sha256(file.expanduser()) for name, file in files.items() if file}
-
-
-def _open(config: SearchConfig, *, download: bool = True) -> ImageSource:
-    source = open_source(
-        config.dataset,
-        data_dir=config.data_dir.expanduser(),
-        resolution=config.resolution,
-        folder_labels=config.folder_labels,
-        image_column=config.image_column,
-        on_bad_image=config.on_bad_image,
-        download=download,
-    )
-    return source if config.max_images is None else FirstImages(source, config.max_images)
 
 
 def _search(

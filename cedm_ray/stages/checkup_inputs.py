@@ -10,15 +10,14 @@ import torch
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.cifar import CIFAR10, CIFAR100
-from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ImageSource
-from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import PIXELS, check_backbone
 from cedm_ray.features.open_clip_backbone import OPEN_CLIP, split_name
 from cedm_ray.metrics.dinov2 import check_dinov2
 from cedm_ray.metrics.inception import check_inception
 from cedm_ray.metrics.inception_weights import CANONICAL_NAME
+from cedm_ray.stages import images
 from cedm_ray.stages.budget import Plan, Speeds, workload
 from cedm_ray.stages.checkup_disk import Pile
 from cedm_ray.stages.checkup_finding import Finding
@@ -44,16 +43,7 @@ class Weights:
 def open_images(config: SearchConfig) -> tuple[ImageSource | None, Finding]:
     """The images of a search, where they are there; nothing is downloaded."""
     try:
-        source = open_source(
-            config.dataset,
-            data_dir=config.data_dir.expanduser(),
-            resolution=config.resolution,
-            folder_labels=config.folder_labels,
-            image_column=config.image_column,
-            on_bad_image=config.on_bad_image,
-            download=False,
-        )
-        source = source if config.max_images is None else FirstImages(source, config.max_images)
+        source = images.open_images(config, download=False)
     except UserError as error:
         layout = _CIFAR.get(config.dataset)
         archives = [] if layout is None else [layout.binary_archive, layout.python_archive]

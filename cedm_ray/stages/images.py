@@ -5,11 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import load_packed, pack
+from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ImageSource
+from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.stages.progress import Terminal
 from cedm_ray.stages.store import Store
+
+
+def open_images(config: SearchConfig, *, download: bool = True) -> ImageSource:
+    """The images that the settings name.
+
+    Raises:
+        UserError: If they are not there, or are no images.
+    """
+    source = open_source(
+        config.dataset,
+        data_dir=config.data_dir.expanduser(),
+        resolution=config.resolution,
+        folder_labels=config.folder_labels,
+        image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
+        download=download,
+    )
+    return source if config.max_images is None else FirstImages(source, config.max_images)
 
 
 def pack_images(
