@@ -1,5 +1,6 @@
 """The bounds of this project against distributions that are installed for the test, by their metadata alone."""
 
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def install(folder: Path, name: str, version: str, *requires: str) -> None:
     made.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     (made / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires)]) + "\n")
+    importlib.invalidate_caches()  # a folder that was looked into some milliseconds ago has the same time stamp
 
 
 @pytest.fixture
