@@ -19,6 +19,7 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
 from cedm_ray.settings import ResourceSettings
 from cedm_ray.stages import RAY_ENVIRONMENT
+from cedm_ray.stages.growth import possible_nodes
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def connected(config: SearchConfig) -> Iterator[Shares]:
     if ours:
         _start()
     try:
-        yield shares(config.resources, ray.nodes())
+        nodes = ray.nodes()
+        # On a cluster whose workers come when work waits there may be none yet.
+        yield shares(config.resources, possible_nodes(nodes) if os.environ.get("RAY_ADDRESS") else nodes)
     finally:
         if ours:
             ray.shutdown()
