@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import open_images, pack_images
 from cedm_ray.stages.lock import owned
-from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal
+from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal, shown
 from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.result import SearchResult, print_pairs, read_result, show
@@ -106,7 +105,7 @@ def dry_run(config: SearchConfig, console: Console) -> None:
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The settings as they are kept and logged: as plain JSON values, and without a name and a password in a URI."""
     tree = config.model_dump(mode="json")
-    return {**tree, "tracking_uri": re.sub(r"//[^/@\s]+@", "//", tree["tracking_uri"] or "") or None}
+    return {**tree, "tracking_uri": tree["tracking_uri"] and shown(tree["tracking_uri"])}
 
 
 def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels: bool) -> Plan:

@@ -17,6 +17,7 @@ from cedm_ray.errors import UserError
 
 Split = Literal["train", "test"]
 
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 _PROBE_TIMEOUT_S = 15
 
 CIFAR10 = CifarLayout(
@@ -137,7 +138,7 @@ def _find(layout: CifarLayout, data_dir: Path) -> list[Batch] | None:
 
 
 def _download(layout: CifarLayout, data_dir: Path) -> None:
-    url = f"https://www.cs.toronto.edu/~kriz/{layout.binary_archive}"
+    url = f"{CIFAR_URL}{layout.binary_archive}"
     try:
         # torchvision's helper waits for ever where a firewall swallows packets, so knock first.
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PROBE_TIMEOUT_S).close()

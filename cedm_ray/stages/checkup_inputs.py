@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.data.cifar import CIFAR10, CIFAR100
+from cedm_ray.data.cifar import CIFAR10, CIFAR100, CIFAR_URL
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import PIXELS, check_backbone
@@ -25,7 +25,6 @@ from cedm_ray.stages.checkup_web import answer_of
 from cedm_ray.stages.features import absolute
 from cedm_ray.stages.preflight import check_inputs
 
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Under these names libraries keep weights on the hub; a settings file says no more than that the model is known.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")

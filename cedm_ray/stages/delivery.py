@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sqlite3
 import threading
 import warnings
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.errors import UserError
-from cedm_ray.stages.outbox import Operation, OutageError, RefusedError
+from cedm_ray.stages.outbox import Operation, OutageError, RefusedError, shown
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -204,11 +203,6 @@ def _points(operation: Operation) -> Sequence[Any]:
 def written(value: float) -> str:
     """A value of a metric as text, equal for equal values, NaN and infinity too."""
     return repr(max(-MAX_FLOAT, min(MAX_FLOAT, value)) if value == value else value)
-
-
-def shown(uri: str) -> str:
-    """A text without the names and passwords that are part of its URIs."""
-    return re.sub(r"//[^/@\s]+@", "//", uri)
 
 
 def _look_into(uri: str) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cedm_ray.stages.delivery import Delivery, shown, written
-from cedm_ray.stages.outbox import OUTBOX_FILE, Outbox
+from cedm_ray.stages.delivery import Delivery, written
+from cedm_ray.stages.outbox import OUTBOX_FILE, Outbox, shown
 from cedm_ray.stages.store import key_of
 
 MAX_PARAM = 500

@@ -15,6 +15,7 @@ import torch
 
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
+from cedm_ray.stages.checkup_disk import CHECKPOINTS_KEPT
 from cedm_ray.stages.cluster import Shares
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.plan import Planner, TrialJob
@@ -69,7 +70,7 @@ def run_trial(
             name=job.checkpoints.name,
             storage_path=str(job.path),
             callbacks=[TuneReportCallback()],
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3 if job.final_sets else 2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT + bool(job.final_sets)),
             failure_config=ray.train.FailureConfig(max_failures=1),
         ),
     )
