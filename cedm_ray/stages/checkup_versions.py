@@ -48,7 +48,8 @@ def asked() -> Asked:
         return Asked(project["requires-python"], tuple(project["dependencies"]))
     facts = metadata.distribution(PACKAGE)
     plain = [line for line in facts.requires or () if "extra ==" not in line]
-    return Asked(facts.metadata["Requires-Python"] or "", tuple(plain))
+    named = facts.metadata  # the backport's, once a library imports that, raises where the standard library's gives None
+    return Asked(named["Requires-Python"] if "Requires-Python" in named else "", tuple(plain))
 
 
 def version_findings(wanted: Asked) -> list[Finding]:
