@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell $(name) -c 'import sys; print(sys.version_info[:2] in ((3, 11), (3, 12)) or "")' 2>/dev/null | grep True),$(name))))
 
-.PHONY: help search test test-slow lint clean
+.PHONY: help search test test-slow lint docs clean
 help:
 	@echo "make search     find the visual groups of the handwritten digits (--dataset digits)"
 	@echo "make test       linters and the quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make docs       the API reference, from the docstrings, into site/"
 	@echo "make clean      remove the environment"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -26,11 +27,16 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Side by side, each on one thread, but for the tests that start Ray: that has the machine to itself.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu"
+	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/ready
+	$(BIN)/python -m pdoc --docformat google --output-directory site cedm_ray
 
 clean:
 	rm -rf $(VENV)
