@@ -106,7 +106,7 @@ def _reference(folder: Path, detector: str) -> Any:
 
 def _checkpoint(folder: Path, job: Any) -> Path:
     """A network that has been given some life: a fresh one answers the same to every condition."""
-    from cedm_ray.stages.worker import SAMPLES_FILE, STATE_FILE
+    from cedm_ray.stages.checkpoints import RUNGS_FILE, SAMPLES_FILE, STATE_FILE
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -118,5 +118,6 @@ def _checkpoint(folder: Path, job: Any) -> Path:
             parameter.add_(0.1 * torch.randn(parameter.shape))
     state.nimg = 3000
     save_state(state, checkpoint / STATE_FILE)
+    (checkpoint / RUNGS_FILE).write_text("[]")
     sample_grid(np.zeros((4, 1, 8, 8), np.uint8), columns=2).save(checkpoint / SAMPLES_FILE)
     return checkpoint

@@ -185,7 +185,7 @@ def load_packed(folder: Path) -> PackedImages:
             raise ValueError(f"{IMAGES} is {images.dtype} {images.shape}; uint8 {expected} is due")
         labels = _labels(folder / LABELS, facts.n, facts.num_classes)
         superclasses = _labels(folder / SUPERCLASSES, facts.n, facts.num_superclasses)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} does not hold whole packed images ({error}); delete it and pack again") from error
     return PackedImages(images, labels, facts, superclasses)
 

@@ -55,23 +55,28 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu") -> EDMPrecon
         UserError: If a file is missing or damaged, or the weights are not those of the model that is described.
     """
     facts = read_model_facts(folder)
-    try:
-        with torch.device("meta"):  # weights are not drawn, only to be overwritten
-            net = _net(facts)
-        net = net.to_empty(device=device)
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise _no_model(folder / FACTS_FILE, error) from error
     path = folder / WEIGHTS_FILE
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"model weights {path} cannot be read ({_line(error)}); copy the export again") from error
+    try:
+        with torch.device("meta"):  # weights are not drawn, only to be overwritten
+            net = _net(facts, most_blocks=len(state))
+        described, held = (sum(each.numel() for each in of.values()) for of in (net.state_dict(), state))
+        if described > 2 * held:  # before memory is taken for it; what is missing otherwise is told by its name
+            raise ValueError(f"it has {described:,} numbers, and {WEIGHTS_FILE} {held:,}")
+        net = net.to_empty(device=device)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _no_model(folder / FACTS_FILE, error) from error
     fill(net, state, source=f"model weights {path}", wanted=f"the model that {FACTS_FILE} describes")
     return net.eval().requires_grad_(False)
 
 
-def _net(facts: Mapping[str, Any]) -> EDMPrecond:
+def _net(facts: Mapping[str, Any], *, most_blocks: int) -> EDMPrecond:
     given = facts["diffusion"]
+    if given["num_blocks"] * len(given["channel_mult"]) > most_blocks:
+        raise ValueError(f"it has {given['num_blocks']} blocks at each of {len(given['channel_mult'])} resolutions")
     settings = {field.name: given[field.name] for field in fields(NetSettings)}
     # JSON knows no tuples.
     plain: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from cedm_ray.diffusion.train import TrainState, net_device
 
 FORMAT = "cedm_ray.diffusion.train_state/1"
+AVERAGED_FORMAT = "cedm_ray.diffusion.averaged/1"
 _SCALER_FACTS = ("scale", "_growth_tracker")
 
 
@@ -24,9 +25,25 @@ def save_state(state: TrainState, path: Path) -> None:
         path: File to write, by custom ``*.safetensors``; its folder exists.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(state).items()}
+    _save(tensors, path, {"format": FORMAT, "nimg": str(state.nimg)})
+
+
+def save_ema(tensors: dict[str, Tensor], nimg: int, path: Path) -> None:
+    """Write averaged weights alone, for :func:`read_ema`; the file appears whole or not at all.
+
+    Args:
+        tensors: The weights, by their names in the network.
+        nimg: Images seen.
+        path: File to write, by custom ``*.safetensors``; its folder exists.
+    """
+    named = {f"ema.{name}": tensor for name, tensor in tensors.items()}
+    _save(named, path, {"format": AVERAGED_FORMAT, "nimg": str(nimg)})
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "nimg": str(state.nimg)})
+        save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -116,7 +133,7 @@ def read_ema(path: Path) -> tuple[dict[str, Tensor], int]:
     """The averaged weights alone, by their names in the network, and the number of images seen.
 
     Args:
-        path: File that :func:`save_state` wrote.
+        path: File that :func:`save_state` or :func:`save_ema` wrote.
 
     Raises:
         OSError: If it cannot be read.
@@ -126,3 +143,21 @@ def read_ema(path: Path) -> tuple[dict[str, Tensor], int]:
         names = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
         tensors = {name.removeprefix("ema."): file.get_tensor(name) for name in names}
         return tensors, int(file.metadata()["nimg"])
+
+
+def read_nimg(path: Path) -> int:
+    """The number of images that a saved run has seen, after a look at its format and length.
+
+    Args:
+        path: File that :func:`save_state` wrote.
+
+    Raises:
+        OSError: If it cannot be read.
+        SafetensorError: If it is no such file, or is cut off.
+        ValueError: If it holds something else.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"it has format {metadata.get('format')!r}; a training state has {FORMAT!r}")
+    return int(metadata["nimg"])

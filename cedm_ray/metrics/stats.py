@@ -68,7 +68,7 @@ def load_stats(path: Path) -> FeatureStats:
             mu, sigma = file.get_tensor("mu"), file.get_tensor("sigma")
         if mu.shape != (facts.dim,) or sigma.shape != (facts.dim, facts.dim) or sigma.dtype != torch.float64:
             raise ValueError(f"shapes {tuple(mu.shape)} and {tuple(sigma.shape)} do not fit dim {facts.dim}")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no feature statistics ({error}); delete it and compute them again") from error
     return FeatureStats(mu, sigma, facts)
 

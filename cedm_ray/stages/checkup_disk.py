@@ -20,12 +20,12 @@ from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.settings import SEARCHED
 from cedm_ray.stages.budget import Plan, workload
+from cedm_ray.stages.checkpoints import NEWEST_KEPT
 from cedm_ray.stages.checkup_finding import Finding, gigabytes
 from cedm_ray.stages.features import MAX_KEPT
 from cedm_ray.stages.preflight import DINOV2_DIM
+from cedm_ray.stages.storage_errors import Need
 
-CHECKPOINTS_KEPT = 2
-"""Checkpoints that a trial keeps; the final training keeps one more, and one is written before an old one goes."""
 COPIES = 4
 """Of the network in a checkpoint: the network, its moving average, and Adam's two moments."""
 INCEPTION_LOGITS = 1008
@@ -71,13 +71,14 @@ class DiskNeed:
         return f"{gigabytes(self.total)}, {gigabytes(largest[1])} of them {largest[0]}"
 
 
-def disk_needed(config: SearchConfig, pile: Pile, num_trials: int) -> DiskNeed:
+def disk_needed(config: SearchConfig, pile: Pile, num_trials: int, *, least: bool = False) -> DiskNeed:
     """What a search will store that starts with an empty storage path; an estimate.
 
     Args:
         config: The settings.
         pile: The images.
         num_trials: Trainings, each of which keeps checkpoints.
+        least: Take it that every training is best at its end, so that it keeps no third state.
     """
     n, pixels = pile.num_images, pile.channels * pile.resolution**2
     embedded = 2 * embedding_dim(config.backbone, pixels)  # Parquet, and one array
@@ -88,17 +89,31 @@ def disk_needed(config: SearchConfig, pile: Pile, num_trials: int) -> DiskNeed:
     real = n if n <= MAX_KEPT else 0
     stats = sum(8 * width**2 for width in widths)  # float64 covariances: of the references, and with the model
     state = checkpoint_bytes(config.diffusion, pile)
+    kept = kept_bytes(state, len(config.granularity.rungs_kimg()), NEWEST_KEPT + (not least))
     return DiskNeed(
         (
             ("images", n * pixels),
             ("embeddings", 4 * n * (embedded + config.num_neighbors)),
             ("clusterings", probes * n * 12),
             ("features", 4 * (real + config.final.num_images) * sum(widths) + 2 * stats),
-            ("checkpoints", state * (num_trials * CHECKPOINTS_KEPT + 2)),
+            # The final training adds two, and one is written before an old one is thinned.
+            ("checkpoints", num_trials * kept + 2 * state),
             ("the exported model", state // COPIES + 12 * n),
             ("figures and logs", AROUND),
         )
     )
+
+
+def kept_bytes(state: int, num_rungs: int, states: int) -> int:
+    """What the checkpoints of one training take, of which old ones are thinned to the averaged weights.
+
+    Args:
+        state: Bytes of one that is whole.
+        num_rungs: How many there are.
+        states: How many of them stay whole, at most.
+    """
+    whole = min(num_rungs, states)
+    return whole * state + (num_rungs - whole) * (state // COPIES)
 
 
 def checkpoint_bytes(net: NetSettings, pile: Pile) -> int:
@@ -161,7 +176,8 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
         pile: The images.
         storage: The storage path, or where it will be made.
     """
-    least, most = (disk_needed(config, pile, num_trials) for num_trials in trials_of(config, pile))
+    fewest, all_trials = trials_of(config, pile)
+    least, most = disk_needed(config, pile, fewest, least=True), disk_needed(config, pile, all_trials)
     free, stored = shutil.disk_usage(existing(storage)).free, stored_bytes(storage / "store")
     text = f"{gigabytes(free)} free under {storage}"
     text += f" and {gigabytes(stored)} stored" if stored else ""
@@ -171,6 +187,13 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
     if free + stored < most.total:
         return Finding("disk", "warn", f"{text}; the search may need {most}", fix)
     return Finding("disk", "ok", f"{text}; the search needs at most {most}")
+
+
+def still_needed(config: SearchConfig, pile: Pile, storage: Path) -> Need:
+    """What a search may still store, beside what the store holds already."""
+    most = disk_needed(config, pile, trials_of(config, pile)[1])
+    left = most.total - stored_bytes(storage / "store")
+    return Need("the rest of the search", max(left, checkpoint_bytes(config.diffusion, pile)))
 
 
 def stored_bytes(folder: Path) -> int:

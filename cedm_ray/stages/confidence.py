@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,13 +22,16 @@ from cedm_ray.diffusion.settings import build_net
 from cedm_ray.diffusion.state_io import read_ema
 from cedm_ray.errors import UserError
 from cedm_ray.settings import DiffusionSettings
+from cedm_ray.stages.bucket import fetch_files, keep_files
+from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.checkpoints import weights_file, whole
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.exported import ExportedModel, open_confidence, open_exported
 from cedm_ray.stages.features import absolute
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import unconditional_record
-from cedm_ray.stages.worker import STATE_FILE
+from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import fill
 
 CONFIDENCE_FILE = "confidence.npz"
@@ -135,7 +139,7 @@ def _end(
 
 def _unconditional_net(given: Unconditional, like: EDMPrecond, device: torch.device) -> EDMPrecond:
     """The averaged network of a training without a condition, for images like those of another one."""
-    settings, path = given.diffusion, given.checkpoint / STATE_FILE
+    settings, path = given.diffusion, weights_file(given.checkpoint)
     try:
         state, _ = read_ema(path)
     except (OSError, SafetensorError, TypeError, KeyError) as error:
@@ -192,35 +196,43 @@ def make_confidence(ctx: Context, ledger: Ledger, job: TrialJob, export: Path) -
     if ctx.store.facts(path) is None:
         shares = ctx.shares
         task = ray.remote(_rank).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
-        with ctx.store.create(path, inputs, {}) as scratch:
-            ray.get(
-                task.remote(
-                    export.absolute(),
-                    absolute(ctx.config.backbone_weights),
-                    None if found is None else found[1],
-                    scratch / CONFIDENCE_FILE,
-                    seed=job.seed,
-                    batch_size=job.score.batch_size,
-                    threads=max(1, round(shares.cpus_per_probe)),
-                )
+        keep_files(export)
+        ray.get(
+            task.remote(
+                export.absolute(),
+                absolute(ctx.config.backbone_weights),
+                None if found is None else found[1],
+                ctx.store,
+                path,
+                inputs,
+                seed=job.seed,
+                batch_size=job.score.batch_size,
+                threads=max(1, round(shares.cpus_per_probe)),
             )
-    return path / CONFIDENCE_FILE
+        )
+    return here(path / CONFIDENCE_FILE)
 
 
 def _unconditional(ledger: Ledger) -> tuple[str, Unconditional] | None:
-    """The complete training without a condition, with what stands for its weights; None where it was not asked for."""
+    """The complete training without a condition, with what stands for its weights.
+
+    None where it was not asked for, or where its checkpoint is torn.
+    """
     record = unconditional_record(ledger.records)
     if record is None:
         return None
     newest, diffusion = record.rungs[-1], ledger.planner.job(record.params).diffusion
-    return f"{record.key}-{newest['kimg']}", Unconditional(Path(newest["checkpoint_path"]), diffusion)
+    checkpoint = whole(Path(newest["checkpoint_path"]), newest["nimg"])
+    return None if checkpoint is None else (f"{record.key}-{newest['kimg']}", Unconditional(checkpoint, diffusion))
 
 
 def _rank(
     export: Path,
     weights: Path | None,
     unconditional: Unconditional | None,
-    out: Path,
+    store: Store,
+    path: Path,
+    inputs: dict[str, Any],
     *,
     seed: int,
     batch_size: int | None,
@@ -228,4 +240,9 @@ def _rank(
 ) -> None:
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rank_samples(export, weights, unconditional, out, seed=seed, batch_size=batch_size, device=device)
+    fetch_files(export, fresh=True)
+    if unconditional is not None:
+        fetch_files(unconditional.checkpoint)
+    with store.create(path, inputs, {}) as scratch:
+        out = scratch / CONFIDENCE_FILE
+        rank_samples(export, weights, unconditional, out, seed=seed, batch_size=batch_size, device=device)

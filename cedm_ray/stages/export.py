@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -21,11 +22,11 @@ from cedm_ray.diffusion.state_io import read_ema
 from cedm_ray.features.backbones import PIXELS
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.settings import SEARCHED
+from cedm_ray.stages.checkpoints import SAMPLES_FILE, intact, weights_file
 from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE, PIXEL_STATS_FILE
 from cedm_ray.stages.model_card import model_card
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.store import write_json
-from cedm_ray.stages.worker import SAMPLES_FILE, STATE_FILE
 
 REFERENCE_FILE, CARD_FILE = "reference.safetensors", "README.md"
 PACKAGES = ("cedm-ray", "ray", "timm", "numpy")
@@ -42,11 +43,21 @@ def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str,
     Args:
         job: The training.
         checkpoint: Its last checkpoint.
-        out: Folder to write to; what an earlier export left there is replaced.
+        out: The folder; that of an earlier export is replaced when this one is whole.
         facts: More facts for ``model.json``: ``score``, ``metric``, ...
     """
-    out.mkdir(parents=True, exist_ok=True)
-    tensors, nimg = read_ema(checkpoint / STATE_FILE)
+    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        _write(job, checkpoint, scratch, facts)
+        shutil.rmtree(out, ignore_errors=True)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str, Any]) -> None:
+    tensors, nimg = read_ema(weights_file(checkpoint))
     # Not save_file: its files are closed to everyone but their owner, whatever the umask says.
     (out / WEIGHTS_FILE).write_bytes(save(tensors))
     packed = load_packed(job.images)
@@ -54,7 +65,8 @@ def export_model(job: TrialJob, checkpoint: Path, out: Path, facts: Mapping[str,
     for number, reference in enumerate(job.scoring.references):
         name = REFERENCE_FILE if number == 0 else f"reference-{reference.metric}.safetensors"
         shutil.copyfile(reference.file, out / name)
-    shutil.copyfile(checkpoint / SAMPLES_FILE, out / SAMPLES_FILE)
+    if intact(checkpoint, SAMPLES_FILE):
+        shutil.copyfile(checkpoint / SAMPLES_FILE, out / SAMPLES_FILE)
     described = {**_facts(job, packed), "num_parameters": sum(t.numel() for t in tensors.values()), "nimg": nimg}
     write_json(out / FACTS_FILE, {**described, **facts})
     files = {file.name for file in out.iterdir()}

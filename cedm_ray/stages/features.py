@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cedm_ray.data.pack import load_packed
+from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import BackboneSpec
 from cedm_ray.metrics.detectors import Detector, FunctionDetector, features_and_logits
@@ -21,6 +21,7 @@ from cedm_ray.metrics.inception import check_inception, load_inception
 from cedm_ray.metrics.lenet import load_lenet, save_lenet, train_lenet
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_sums, save_sums
 from cedm_ray.settings import DetectorName
+from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.store import Store
 
 FEATURES_FILE, LOGITS_FILE, SUMS_FILE = "features.npy", "logits.npy", "sums.safetensors"
@@ -88,7 +89,7 @@ class DetectorSpec:
         if self.name == "dinov2":
             return load_dinov2(self.weights, device=device)
         if self.name == "lenet" and self.weights is not None:
-            return load_lenet(self.weights, device=device)
+            return load_lenet(here(self.weights), device=device)
         if self.backbone is None:
             raise ValueError(f"detector {self.name} has neither weights nor a backbone")
         backbone = self.backbone.load(device)
@@ -103,7 +104,7 @@ def lenet_spec(images: Path, store: Store) -> DetectorSpec:
     Raises:
         UserError: If the images have no labels.
     """
-    packed = load_packed(images)
+    packed = _packed(images)
     inputs: dict[str, Any] = {"images": packed.facts.pixels_sha256, "detector": "lenet", "seed": 0}
     path = store.path("detectors", inputs)
     if store.facts(path) is None:
@@ -134,18 +135,18 @@ class FeatureParts:
     @property
     def kept(self) -> bool:
         """Whether features are kept, not just their sums."""
-        return len(load_packed(self.images)) <= MAX_KEPT
+        return len(_packed(self.images)) <= MAX_KEPT
 
     def bounds(self) -> list[tuple[int, int]]:
         """First image of each part, and the one after its last; they do not depend on the number of workers."""
-        num_images = len(load_packed(self.images))
+        num_images = len(_packed(self.images))
         size = PART if num_images <= MAX_KEPT else -(-num_images // NUM_SUM_PARTS)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def inputs(self, bounds: tuple[int, int]) -> dict[str, Any]:
         """What a part is made from."""
         return {
-            "images": load_packed(self.images).facts.pixels_sha256,
+            "images": _packed(self.images).facts.pixels_sha256,
             "detector": self.spec.name,
             "backbone": self.spec.backbone.name if self.spec.backbone else None,
             "weights": self.spec.weights_hash,
@@ -170,7 +171,7 @@ class FeatureParts:
             device: Where it computes.
             on_images: Is told how many more images are done.
         """
-        packed, path, facts = load_packed(self.images), self.path(bounds), {"made_by": detector_facts(detector)}
+        packed, path, facts = _packed(self.images), self.path(bounds), {"made_by": detector_facts(detector)}
         features, logits, sums = [], [], FeatureSums(detector.dim, device=device)
         for start in range(*bounds, BATCH):
             block = torch.from_numpy(packed.read(start, min(start + BATCH, bounds[1]))).to(device)
@@ -202,7 +203,7 @@ class FeatureParts:
 
     def logits(self) -> NDArray[np.float32] | None:
         """All class scores, shape ``(N, K)``, float32; None where the detector has no classifier."""
-        files = [self.path(bounds) / LOGITS_FILE for bounds in self.bounds()]
+        files = [here(self.path(bounds) / LOGITS_FILE) for bounds in self.bounds()]
         return np.concatenate([_read(file) for file in files]) if all(file.is_file() for file in files) else None
 
     def facts(self) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class FeatureParts:
 
     def stats_facts(self) -> StatsFacts:
         """The same with the number of images."""
-        return StatsFacts(**self.facts(), count=len(load_packed(self.images)))
+        return StatsFacts(**self.facts(), count=len(_packed(self.images)))
 
     def stats(self) -> FeatureStats:
         """Mean and covariance over all images: merged in the order of the images, whoever made the parts."""
@@ -222,12 +223,16 @@ class FeatureParts:
             if self.kept:
                 sums.update(torch.from_numpy(_read(path / FEATURES_FILE)))
             else:
-                sums.merge(load_sums(path / SUMS_FILE))
+                sums.merge(load_sums(here(path / SUMS_FILE)))
         return stats_of(sums, self.facts())
 
 
+def _packed(images: Path) -> PackedImages:
+    return load_packed(here(images / IMAGES).parent)
+
+
 def _read(file: Path) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    found: NDArray[np.float32] = np.load(here(file), allow_pickle=False)
     return found
 
 

@@ -18,6 +18,8 @@ from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, score_of
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
+from cedm_ray.stages.bucket import fetch_files
+from cedm_ray.stages.checkpoints import intact, whole
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.decide import Decision
 from cedm_ray.stages.embed import Embeddings
@@ -26,7 +28,7 @@ from cedm_ray.stages.features import DetectorSpec, FeatureParts
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.records import FinalScore, unconditional_record
+from cedm_ray.stages.records import FinalScore, TrialRecord, unconditional_record
 from cedm_ray.stages.scoring import Reference
 from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trials import TrialSource, tune_trials
@@ -47,14 +49,17 @@ def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Em
     """
     total_kimg, best = ctx.config.final.total_kimg, decision.best
     job = ledger.planner.job(best.params, total_kimg=total_kimg)
-    if not job.finally_scored(best.rungs[-1]):
+    if not job.finally_scored(best.rungs[-1]) or _checkpoint(best) is None:
         with ctx.terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", ctx.board):
             source = TrialSource(ledger, [best.params])
-            tune_trials(ctx, ledger, "final", embeddings, source, at_once=1, total_kimg=total_kimg)
+            tune_trials(ctx, ledger, "final", embeddings, source, at_once=lambda: 1, total_kimg=total_kimg)
     record = next(record for record in ledger.records if record.key == best.key)
     last = record.rungs[-1]
     if record.state != "complete" or not job.finally_scored(last):
         raise RuntimeError(f"training {best.label} to the full budget failed: {record.reason}")
+    checkpoint = _checkpoint(record)
+    if checkpoint is None:
+        raise UserError(f"no checkpoint of {best.label} is whole under {job.checkpoints}; run the same command again")
     with ctx.terminal.stage(f"evaluating {best.label}", ctx.board):
         others = evaluate_final(ctx, ledger, job, embeddings)
     export = ctx.folder / EXPORT_FOLDER
@@ -70,8 +75,14 @@ def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Em
         scores=tuple(asdict(score) for score in (*distances, *others)),
     )
     facts = {"score": asdict(final), "metric": job.scoring.metric, "tie_set": asdict(decision.ties)}
-    export_model(job, Path(last["checkpoint_path"]), export, facts)
+    export_model(job, checkpoint, export, facts)
     return final
+
+
+def _checkpoint(record: TrialRecord) -> Path | None:
+    """The checkpoint of a trial's last report, if it is whole."""
+    last = record.rungs[-1]
+    return whole(Path(last["checkpoint_path"]), last["nimg"]) if "checkpoint_path" in last else None
 
 
 def _distances(job: TrialJob, rung: Mapping[str, Any]) -> list[Score]:
@@ -101,7 +112,9 @@ def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embe
     if known is not None and known["key"] == key:
         return [Score(**score) for score in known["scores"]]
     other, test = unconditional_record(ledger.records), _test_images(ctx)
-    unconditional = None if other is None else Path(other.rungs[-1]["checkpoint_path"])
+    unconditional = None if other is None else _checkpoint(other)
+    if other is not None and unconditional is None:
+        ctx.terminal.line(f"  {other.label} is left out of the scores: its checkpoint is torn", style="yellow")
     task = ray.remote(_evaluate).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)
     work = [
         task.remote(job, reference, ctx.images, test, ctx.store, embeddings, unconditional)
@@ -149,18 +162,20 @@ def _evaluate(
 ) -> list[Score]:
     """The scores in the features of one detector but its distance, which is the mean over all sets."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fetch_files(job.features, fresh=True)
     spec = reference.detector
     real = embeddings.values if spec.backbone is not None else _features(images, spec, store, device)
     if real is None:
         return []
-    samples = unconditional and unconditional / samples_stats_file(reference.metric)
+    name = samples_stats_file(reference.metric)
+    samples = unconditional / name if unconditional and intact(unconditional, name) else None
     inputs = EvaluationInputs(
         facts=reference.facts,
         generated=np.concatenate(list(_kept(job, reference.metric))),
         real=real,
         logits=_joined(_kept(job, f"{reference.metric}-logits")),
         test=None if test is None else _features(test, spec, store, device),
-        unconditional=load_stats(samples) if samples and samples.is_file() else None,
+        unconditional=load_stats(samples) if samples else None,
     )
     return [score for score in evaluate_features(inputs, device=device) if score.metric != reference.metric]
 

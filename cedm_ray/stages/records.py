@@ -75,9 +75,12 @@ def new_record(job: TrialJob, params: Mapping[str, Any]) -> TrialRecord:
 
 
 def read_record(path: Path) -> TrialRecord | None:
-    """The record in a trial's folder, or None."""
+    """The record in a trial's folder, or None; what was done is then told again by the training's checkpoint."""
     found = read_json(path / RECORD_FILE)
-    return None if found is None else TrialRecord(**{**found, "rungs": tuple(found["rungs"])})
+    try:
+        return None if found is None else TrialRecord(**{**found, "rungs": tuple(found["rungs"])})
+    except (TypeError, KeyError):  # not as it was written
+        return None
 
 
 def write_record(path: Path, record: TrialRecord) -> None:

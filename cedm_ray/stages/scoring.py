@@ -14,6 +14,7 @@ from cedm_ray.metrics.evaluation import feature_stats
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
 from cedm_ray.settings import DetectorName
 from cedm_ray.stages.board import Board
+from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, backbone_spec
 from cedm_ray.stages.features import DetectorSpec, FeatureParts, absolute, detector_facts, lenet_spec
@@ -37,7 +38,7 @@ class Reference:
 
     def load(self) -> FeatureStats:
         """Mean and covariance of the real images' features."""
-        return load_stats(self.file)
+        return load_stats(here(self.file))
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,26 @@ from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.train import Progress, new_state, train
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.report.grids import sample_grid
+from cedm_ray.stages import bucket
 from cedm_ray.stages.board import Beat
+from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.checkpoints import (
+    MANIFEST_FILE,
+    RUNGS_FILE,
+    SAMPLE_PIXELS_FILE,
+    SAMPLES_FILE,
+    STATE_FILE,
+    checkpoints,
+    newest_whole,
+    prune,
+    write_manifest,
+)
 from cedm_ray.stages.energy import Meter
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.scorer import Scorer
 from cedm_ray.stages.store import read_json, write_json
 from cedm_ray.stages.streamed import StreamedImages
 
-STATE_FILE = "state.safetensors"
-RUNGS_FILE = "rungs.json"
-SAMPLES_FILE = "samples.png"
-SAMPLE_PIXELS_FILE = "samples.npy"
 DEVICE_BATCH_FILE = "device_batch.json"
 """Beside the checkpoints of a training that has once run out of memory: what a process computes at once since."""
 
@@ -71,14 +80,14 @@ class Worker:
         gpus: float = 1.0,
         sharing: float = 1.0,
     ) -> None:
-        self.job, self.rank, self.world_size = job, rank, world_size
-        halved = read_json(job.path / DEVICE_BATCH_FILE) or {}
+        self.job, self.rank, self.world_size, self._device = job, rank, world_size, device
+        halved = read_json(bucket.look_for(job.path / DEVICE_BATCH_FILE)) or {}
         self.compute = replace(decide(job.compute, device), **halved)
-        packed = load_packed(job.images)
+        packed = load_packed(here(job.images / IMAGES).parent)
         class_index: Tensor | None = None
         cluster_probs: Tensor | None = None
         if job.condition is not None:
-            clustering = load_clustering(job.condition, num_images=len(packed))
+            clustering = load_clustering(here(job.condition), num_images=len(packed))
             class_index = torch.from_numpy(clustering.assignments)
             probs = torch.from_numpy(clustering.cluster_probs)
             # An empty cluster was never trained on: uniform means over the used ones.
@@ -103,13 +112,34 @@ class Worker:
         self._steps: Generator[Progress, None, None] | None = None
 
     def restore(self) -> list[Rung]:
-        """Go on from the newest checkpoint, if there is one; returns the rungs that are already done."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                load_state(self.state, Path(folder) / STATE_FILE)
-                self.rungs = json.loads((Path(folder) / RUNGS_FILE).read_text())
-        return list(self.rungs)
+        """Go on from the newest checkpoint that is whole, if there is one.
+
+        Returns:
+            The rungs that are already done, with the paths of their checkpoints: nobody may have heard of the last.
+        """
+        folder = self._newest()
+        if folder is None:
+            return []
+        load_state(self.state, folder / STATE_FILE)
+        self.rungs = json.loads((folder / RUNGS_FILE).read_text())
+        paths = {each.nimg: {"checkpoint_path": str(each.folder)} for each in checkpoints(self.job.checkpoints)}
+        return [{**rung, **paths.get(rung["nimg"], {})} for rung in self.rungs]
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from; rank 0 looks, and all go on from the same one."""
+        chosen: list[Path | None] = [None]
+        if self.rank == 0:
+            bucket.fetch_files(self.job.checkpoints)
+            found, set_aside = newest_whole(self.job.checkpoints)
+            chosen = [None if found is None else found.folder]
+            for line in set_aside:
+                if self.scorer.board is not None:
+                    self.scorer.board.say(f"  {self.job.label}: {line}")
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, device=self._device)
+        if chosen[0] is not None:
+            bucket.fetch_files(chosen[0])
+        return chosen[0]
 
     def missing_rungs(self) -> Iterator[int]:
         """The rungs that are still to be trained to, in kimg."""
@@ -193,6 +223,7 @@ class Worker:
         file, now = self.job.path / DEVICE_BATCH_FILE, part_size(self._local, self.compute.device_batch)
         if now > 1 and read_json(file) is None:
             write_json(file, {"device_batch": now // 2})
+            bucket.keep_file(file)
 
     def close(self) -> None:
         """Free what the training holds beside its state: images that are read ahead."""
@@ -207,7 +238,7 @@ class Worker:
         return self.rungs[-1]
 
     def checkpoint(self, folder: Path) -> ray.train.Checkpoint:
-        """Everything that is needed to go on, and the samples, in a folder that Ray Train copies to its place."""
+        """Everything that is needed to go on, the samples, and a list of it, in a folder that Ray Train copies."""
         save_state(self.state, folder / STATE_FILE)
         (folder / RUNGS_FILE).write_text(json.dumps(self.rungs))
         if self.scorer.samples is not None:
@@ -216,7 +247,13 @@ class Worker:
         if self.job.grouping == "none":  # what other models' samples are compared with
             for metric, stats in self.scorer.stats.items():
                 save_stats(stats, folder / samples_stats_file(metric))
+        write_manifest(folder, self.state.nimg)
         return ray.train.Checkpoint.from_directory(str(folder))
+
+    def prune(self) -> None:
+        """Thin the old checkpoints, when a new one is in its place; rank 0 alone calls this."""
+        prune(self.job.checkpoints)
+        bucket.follow(self.job.checkpoints, MANIFEST_FILE)
 
 
 def image_source(

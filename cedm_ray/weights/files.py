@@ -1,6 +1,5 @@
 """Weight files: read without running code, named by their hash, put into a network."""
 
-import hashlib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cedm_ray.errors import UserError
+from cedm_ray.weights.listing import file_sha256 as file_sha256
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
 _BEFORE_ZIP = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -32,19 +32,6 @@ class WeightKind:
     """For example ``backbone``."""
     flag: str
     """How another file is passed, for example ``--backbone-weights``."""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, by which results are tied to the weights behind them.
-
-    Args:
-        path: Any file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_weight_file(path: Path, kind: WeightKind) -> None:

@@ -70,7 +70,7 @@ def test_bad_images_are_left_out_with_their_labels(block: int, bad: set[int], tm
     assert packed.facts.pixels_sha256 == hashlib.sha256(source.read(0, 30)[kept].tobytes()).hexdigest()
     if bad:
         lines = (tmp_path / "skipped.txt").read_text().splitlines()
-        assert lines == [f"image {i} is bad very bad" for i in sorted(bad)]
+        assert lines == [rf"image {i} is bad\nvery bad" for i in sorted(bad)]
     else:
         assert not (tmp_path / "skipped.txt").exists()
 

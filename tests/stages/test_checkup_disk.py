@@ -55,7 +55,7 @@ def test_every_part_is_what_it_is_made_of() -> None:
         "embeddings": 1797 * (2 * 64 * 4 + 50 * 4),
         "clusterings": 1797 * 12 * (6 + 9),
         "features": (1797 + 3000) * 64 * 4 + 2 * 64 * 64 * 8,
-        "checkpoints": checkpoint * (6 * 2 + 2),
+        "checkpoints": checkpoint * (6 * 2 + 2),  # two rungs, both of which stay whole
         "the exported model": checkpoint // 4 + 1797 * 12,
         "figures and logs": AROUND,
     }
@@ -64,10 +64,11 @@ def test_every_part_is_what_it_is_made_of() -> None:
 
 
 def test_checkpoints_are_most_of_it_for_a_real_network() -> None:
-    need = disk_needed(load(["--dataset", "cifar10"]), CIFAR, 10)
-    assert "of them checkpoints" in str(need) and dict(need.parts)["checkpoints"] == pytest.approx(
-        22 * 0.892e9, rel=0.01
-    )
+    # Four rungs: the newest two and the best stay whole, one is thinned to a quarter; at the least two are.
+    for least, states in ((False, 10 * (3 + 1 / 4) + 2), (True, 10 * (2 + 2 / 4) + 2)):
+        need = disk_needed(load(["--dataset", "cifar10"]), CIFAR, 10, least=least)
+        assert "of them checkpoints" in str(need)
+        assert dict(need.parts)["checkpoints"] == pytest.approx(states * 0.892e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,8 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_disk_that_is_too_small_is_told_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, storage = load([]), tmp_path / "not" / "there"
-    least, most = (disk_needed(config, DIGITS, num_trials).total for num_trials in trials_of(config, DIGITS))
+    fewest, all_trials = trials_of(config, DIGITS)
+    least, most = disk_needed(config, DIGITS, fewest, least=True).total, disk_needed(config, DIGITS, all_trials).total
     levels = {}
     for free in (least - 1, least, most - 1, most):
         with_free(monkeypatch, free)

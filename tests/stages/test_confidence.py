@@ -19,10 +19,10 @@ from cedm_ray.features.pixels import PixelBackbone, pixel_stats
 from cedm_ray.report.samples import confidence_picture, read_confidence
 from cedm_ray.settings import DiffusionSettings
 from cedm_ray.stages import confidence
+from cedm_ray.stages.checkpoints import STATE_FILE
 from cedm_ray.stages.confidence import Unconditional, make_confidence, rank_samples
 from cedm_ray.stages.exported import open_exported
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.worker import STATE_FILE
 
 CPU, SEED, NUM, SHOWN = torch.device("cpu"), 5, 41, 6
 MakeExport = Callable[..., Path]
@@ -167,7 +167,7 @@ class Search:
                                    score=SimpleNamespace(batch_size=64))  # fmt: skip
         self.ctx = SimpleNamespace(store=Store(folder), config=SimpleNamespace(backbone_weights=None),
                                    shares=SimpleNamespace(cpus_per_probe=1.0, gpus_per_probe=0.5))  # fmt: skip
-        rungs = ({"kimg": 3, "checkpoint_path": str(unconditional.checkpoint)},)
+        rungs = ({"kimg": 3, "nimg": 3000, "checkpoint_path": str(unconditional.checkpoint)},)
         record = SimpleNamespace(grouping="none", state="complete", rungs=rungs, key="cd", params={"grouping": "none"})
         stopped = SimpleNamespace(grouping="none", state="stopped", rungs=rungs, key="ef", params={})
         jobs = {"none": SimpleNamespace(diffusion=unconditional.diffusion)}
