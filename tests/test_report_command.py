@@ -57,7 +57,7 @@ def test_other_runs_stand_beside_it_in_the_table_of_groupings(
 ) -> None:
     trials = [made.trial_tree("kmeans", 20, {200: 3.7})]
     other = made.write_run(run.parent / "toy-2", made.run_tree(trials, grouping="kmeans"))
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: Path(file).touch())
     assert main([str(run), str(other)]) == 0
     assert "kmeans,,,3.7" in (run / "groupings.csv").read_text().splitlines()
     assert "| kmeans |       |        |    3.7 |" in capsys.readouterr().out

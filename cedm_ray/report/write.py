@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,19 +63,27 @@ def make_report(run: Run, out: Path, others: Sequence[Run] = ()) -> Report:
             except (LeftOut, ValueError) as reason:  # values that make no sense cost their own page only
                 left_out.append((name, str(reason)))
                 continue
-            _write(page, out / name)
+            write_page(page, out / name)
             files.append(out / name)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give another folder with --out") from error
     return Report(tuple(files), tuple(left_out))
 
 
-def _write(page: Page, file: Path) -> None:
-    if isinstance(page, Figure):
-        page.savefig(file, dpi=120)
-    elif isinstance(page, Image.Image):
-        page.save(file)
-    elif isinstance(page, str):
-        file.write_text(page, encoding="utf-8")
-    elif not (file.exists() and page.samefile(file)):
-        shutil.copyfile(page, file)
+def write_page(page: Page, file: Path) -> None:
+    """Write a figure, a picture, a text or a copy of a file: whole, or the file that was there stays as it was."""
+    if isinstance(page, Path) and file.exists() and page.samefile(file):
+        return
+    partial = file.with_name(f".{os.getpid()}-{file.name}")
+    try:
+        if isinstance(page, Figure):
+            page.savefig(partial, dpi=120)
+        elif isinstance(page, Image.Image):
+            page.save(partial)
+        elif isinstance(page, str):
+            partial.write_text(page, encoding="utf-8")
+        else:
+            shutil.copyfile(page, partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

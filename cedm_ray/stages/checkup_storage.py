@@ -11,8 +11,11 @@ from pathlib import Path
 
 from cedm_ray.stages.checkup_finding import Finding
 from cedm_ray.stages.checkup_web import answer_of
+from cedm_ray.stages.disk_faults import find_fault
+from cedm_ray.stages.storage_errors import Disk, Need
 
 PROBE_BYTES = 2**20
+THE_SEARCH = Need("what a search stores", PROBE_BYTES)
 DATABASE_TIMEOUT_S = 2.0
 _SQLITE = "sqlite:///"
 
@@ -51,16 +54,20 @@ def write_probe(file: Path) -> None:
     partial.replace(file)
 
 
-def storage_finding(storage: Path) -> Finding:
+def storage_finding(storage: Path, need: Need = THE_SEARCH) -> Finding:
     """Whether this process can write to the storage path.
 
     Args:
         storage: The folder; it is made for the probe if need be.
+        need: What is to be written there.
     """
     try:
         with scratch_folder(storage) as folder:
             write_probe(folder / "probe")
     except OSError as error:
+        fault = find_fault(error)
+        if fault is not None and fault.kind != "refused":
+            return Finding.refused("storage", Disk.storage(storage).error(fault, need))
         return Finding(
             "storage", "fail", f"{storage} cannot be written ({error.strerror})",
             "give another folder with --storage-path, or see to its rights and its room",

@@ -84,7 +84,7 @@ def read_journal(file: Path) -> Journal:
                 found.receipts[int(entry["done"])] = entry
             else:
                 found.operations[int(entry["number"])] = Operation(**entry)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return found
 

@@ -108,6 +108,11 @@ def test_a_trial_without_any_number_stops_no_figure(result: Maker, trial: Maker,
     ("name", "content", "said"),
     [
         ("store/none-1/samples.npy", b"\x93NUMPY", "samples.npy is damaged"),
+        (
+            "store/none-1/manifest.json",
+            b'{"files": {"samples.npy": 9}}',
+            "samples.npy is damaged: samples.npy has 12,416 bytes instead of 9",
+        ),
         ("toy-1/confidence.npz", b"PK\x03\x04", "confidence.npz is damaged: it is cut off"),
     ],
 )
