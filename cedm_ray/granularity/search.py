@@ -78,18 +78,27 @@ class GranularitySearch:
         """Whether nothing more will be asked for, and nothing is running."""
         return self._ended and not self.runs.in_state("running")
 
-    def recall(self, params: Params, readings: Mapping[int, Sequence[float]], *, stopped: bool = False) -> None:
+    def recall(
+        self,
+        params: Params,
+        readings: Mapping[int, Sequence[float]],
+        *,
+        stop_kimg: int | None = None,
+        stopped: bool = False,
+    ) -> None:
         """Take in a training of an earlier process; one that did not reach the end may go on.
 
         Args:
             params: Its parameters.
             readings: Scores by kimg.
+            stop_kimg: Where its last leg was to end, which it goes on to before anything else is asked for; None where
+                that is not known.
             stopped: Whether the stopping variant of ASHA has stopped it for good.
         """
         known = {kimg: tuple(scores) for kimg, scores in sorted(readings.items()) if kimg in self.runs.rungs_kimg}
         whole = self.runs.total_kimg in known
         state: RunState = "complete" if whole else "stopped" if stopped else "paused"
-        self.runs.add(Run(dict(params), state, max(known, default=0), known))
+        self.runs.add(Run(dict(params), state, max(stop_kimg or 0, *known, 0), known))
 
     def ask(self) -> Leg | None:
         """The leg to run now in one free place, which counts as running from then on.
@@ -106,9 +115,11 @@ class GranularitySearch:
         return leg
 
     def _begun(self) -> Leg | None:
-        """A training that an earlier process left half-way: before its first rung, or where nobody is paused."""
+        """A training that an earlier process left half-way: in a leg, before its first rung, or where nobody pauses."""
         nobody_pauses = self.plan.rule in ("asha", "none")
         for run in self.runs.in_state("paused"):
+            if 0 < run.target_kimg - run.reached_kimg <= self.left_kimg:  # what it costs was set aside for it
+                return self._start(run, run.target_kimg)
             target = self._first_target()
             if (nobody_pauses or not run.readings) and self._affordable(target - run.reached_kimg, run):
                 return self._start(run, target)

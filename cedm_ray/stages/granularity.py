@@ -18,6 +18,7 @@ from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.progress import duration
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.trials import TrialSource, tune_trials
+from cedm_ray.stages.waiting import Places
 
 
 def grid(points: range, count: int) -> tuple[int, ...]:
@@ -62,15 +63,16 @@ def search_granularity(
     )
     title = f"searching over C in [{points.start}, {points.stop})" if points else "training on the given groups"
     account.heard(ledger.records)
+    places = Places(ctx.shares, config.granularity.max_concurrent)
     with ctx.terminal.stage(title, ctx.board, watch.outlook):
-        tune_trials(ctx, ledger, "granularity", embeddings, source, at_once=trials_at_once(ctx))
+        tune_trials(ctx, ledger, "granularity", embeddings, source, at_once=places)
     if points:
         ledger.close_left(config.grouping)
     return ledger.records
 
 
 def trials_at_once(ctx: Context) -> int:
-    """Trainings side by side: what the cluster holds, or what the settings allow."""
+    """Trainings side by side by which a search is planned: what the cluster holds, or what the settings allow."""
     return min(ctx.shares.max_trials, ctx.config.granularity.max_concurrent or ctx.shares.max_trials)
 
 
@@ -127,7 +129,8 @@ def _objectives(ledger: Ledger) -> tuple[str, ...]:
 def _recall(search: GranularitySearch, ledger: Ledger) -> None:
     """Tell a search what earlier processes have trained for it.
 
-    A training that diverged stays stopped. Of one that was cut off under ASHA's stopping variant the last rung is left
+    What other searches have trained beyond the last leg that this one asked for is left out: it is not paid for yet. A
+    training that diverged stays stopped. Of one that was cut off under ASHA's stopping variant the last rung is left
     out: whether it goes on from there may not have been decided, and it reports that rung again.
     """
     config = ledger.planner.config
@@ -139,9 +142,13 @@ def _recall(search: GranularitySearch, ledger: Ledger) -> None:
         readings = {int(rung["kimg"]): [float(rung[name]) for name in metrics] for rung in record.rungs}
         finite = {kimg: scores for kimg, scores in readings.items() if all(map(math.isfinite, scores))}
         asha, diverged = search.plan.rule == "asha", len(finite) < len(readings)
+        stop_kimg = ledger.stop_kimg(record.params)
+        if stop_kimg is not None:
+            finite = {kimg: scores for kimg, scores in finite.items() if kimg <= stop_kimg}
         if asha and record.state == "running" and finite and search.runs.total_kimg not in finite:
             del finite[max(finite)]
-        search.recall(params, finite, stopped=diverged or (asha and record.state == "stopped"))
+        stopped = diverged or (asha and record.state == "stopped")
+        search.recall(params, finite, stop_kimg=stop_kimg, stopped=stopped)
 
 
 class Watch:

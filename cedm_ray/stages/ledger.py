@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.metrics.scores import series_name
+from cedm_ray.stages.checkpoints import SAMPLES_FILE, intact
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
+from cedm_ray.stages.interruptions import FAILED
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.probes import track_clustering
+from cedm_ray.stages.progress import TrialFacts
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
+from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.store import Store, read_json, write_json
-from cedm_ray.stages.worker import SAMPLES_FILE
 
 RUNG_NAMES = (
     "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "score_sets", "final_scores",
@@ -28,15 +31,20 @@ LOGGED = ("nimg", "loss", "images_per_s", "score_s", "device_hours", "energy_kwh
 class Ledger:
     """Writes down what happens to every trial.
 
+    What is for MLflow is put into its journal before the record says so: a process that is killed between the two does
+    it again, and MLflow takes it once.
+
     Args:
-        ctx: The search; ``trials.json`` in its folder lists its trials in the order in which they started.
+        ctx: The search; in its folder ``trials.json`` lists its trials in the order in which they started, and
+            ``legs.json`` how far each of them was asked to train, by key.
         planner: Turns parameters into jobs.
     """
 
     def __init__(self, ctx: Context, planner: Planner) -> None:
-        self.planner, self._file = planner, ctx.folder / "trials.json"
+        self.planner, self._file, self._legs_file = planner, ctx.folder / "trials.json", ctx.folder / "legs.json"
         self._terminal, self._tracker, self._board = ctx.terminal, ctx.tracker, ctx.board
         self.params: list[dict[str, Any]] = read_json(self._file) or []
+        self._legs: dict[str, int] = read_json(self._legs_file) or {}
         self.on_change: Callable[[], None] = lambda: None
         """Called whenever a record has changed."""
         self._active: set[str] = set()
@@ -54,6 +62,15 @@ class Ledger:
         record = read_record(self.planner.job(params).path)
         return {} if record is None else {int(rung["kimg"]): rung for rung in record.rungs}
 
+    def leg(self, params: Mapping[str, Any], stop_kimg: int) -> None:
+        """A trial is asked to train so far; a search that goes on asks for the same (:meth:`stop_kimg`)."""
+        self._legs[self.planner.job(params).key] = stop_kimg
+        write_json(self._legs_file, self._legs)
+
+    def stop_kimg(self, params: Mapping[str, Any]) -> int | None:
+        """How far this search has asked a trial to train; None where it has not, or an older version has."""
+        return self._legs.get(self.planner.job(params).key)
+
     def open(self, params: Mapping[str, Any]) -> None:
         """A trial starts or goes on; one that runs already is left as it is."""
         job = self.planner.job(params)
@@ -64,11 +81,10 @@ class Ledger:
             self.params.append(dict(params))
             write_json(self._file, self.params)
         record = read_record(job.path)
-        write_record(job.path, replace(record or new_record(job, params), state="running", reason=None))
         self._tracker.child(
             job.key,
             job.label,
-            {"num_clusters": job.num_clusters, **params, **self.planner.scoring.terms()},
+            {"C": job.num_clusters, **_others(params), **self.planner.scoring.terms()},
             {
                 "stage": "granularity",
                 "C": job.num_clusters,
@@ -76,7 +92,10 @@ class Ledger:
                 "state": "running",
             },
         )
-        self._terminal.line(f"  {job.label}: {'goes on' if record and record.rungs else 'starts'}")
+        record = replace(record or new_record(job, params), state="running", reason=None)
+        write_record(job.path, record)
+        text = f"  {job.label}: {'goes on' if record.rungs else 'starts'}"
+        self._terminal.line(text, facts=self._facts_of(job, record))
 
     def add(self, params: Mapping[str, Any], result: Mapping[str, Any], *, stored: bool = False) -> None:
         """A trial reports, or a report is taken from the store (``stored``), which is new to this search."""
@@ -87,15 +106,17 @@ class Ledger:
         old = {each["kimg"]: each for each in record.rungs}.get(rung["kimg"], {})
         quality = self._quality(job)
         record = replace(record.with_rung({**old, **rung}), utilization_ratio=quality["utilization_ratio"])
-        write_record(job.path, record)
         values: dict[str, float] = {name: rung[name] for name in LOGGED if rung.get(name) is not None}
         # The count is part of a series' name: scores of different counts never share a chart.
         scores = {series_name(metric, rung["num_images"]): rung[metric] for metric in metrics}
-        self._tracker.metrics(self._run(job), {**values, **quality, **scores}, kimg=int(rung["kimg"]))
+        run = self._tracker.child(job.key, job.label, {}, {"rung_kimg": int(rung["kimg"])})
+        self._tracker.metrics(run, {**scores, **values, **quality}, kimg=int(rung["kimg"]))
+        write_record(job.path, record)
         if stored or not old:
             said = ", ".join(f"{metric} {rung[metric]:.4g}" for metric in metrics)
             source = "from the store" if stored else f"{rung['images_per_s']:,.0f} images/s"
-            self._terminal.line(f"  {job.label}: {rung['kimg']:,} kimg, {said}, {source}")
+            text = f"  {job.label}: {rung['kimg']:,} kimg, {said}, {source}"
+            self._terminal.line(text, facts=self._facts_of(job, record))
         self.on_change()
 
     def pause(self, params: Mapping[str, Any]) -> None:
@@ -107,13 +128,30 @@ class Ledger:
             # The store has more of it than this search has asked for; nobody waits for a training that is whole.
             self.close(params)
             return
-        self._leave(job)
-        write_record(job.path, record)
+        self._off_board(job)
         self._tracker.child(job.key, job.label, {}, {"state": "paused", "rung_kimg": reached})
-        self._terminal.line(f"  {job.label}: paused at {reached:,} kimg")
+        write_record(job.path, record)
+        self._terminal.line(f"  {job.label}: paused at {reached:,} kimg", facts=self._facts_of(job, record))
         self.on_change()
 
-    def _leave(self, job: TrialJob) -> None:
+    def leave(self, params: Mapping[str, Any]) -> None:
+        """A trial ends because the search was asked to: its record stays what the next process goes on from."""
+        job = self.planner.job(params)
+        record = read_record(job.path)
+        if record is None:  # it has not started
+            return
+        reached = _reached(record)
+        if record.over or reached >= self.planner.config.granularity.total_kimg:
+            self.close(params)
+            return
+        told = job.key in self._active
+        self._off_board(job)
+        self._tracker.end(self._run(job), "interrupted", {"rung_kimg": reached})
+        if told:
+            facts = replace(self._facts_of(job, record), state="interrupted")
+            self._terminal.line(f"  {job.label}: left at {reached:,} kimg", facts=facts)
+
+    def _off_board(self, job: TrialJob) -> None:
         """What its processes told of their progress is taken off the board: they were not asked to."""
         self._active.discard(job.key)
         for key in (job.key, job.score_key):
@@ -128,16 +166,17 @@ class Ledger:
         record = read_record(job.path) or new_record(job, params)
         if record.over and job.key not in self._active:
             return
-        self._leave(job)
+        self._off_board(job)
         total = self.planner.config.granularity.total_kimg
         reached = _reached(record)
         state: State = "failed" if reason else "complete" if reached >= total else "stopped"
         record = replace(record, state=state, reason=reason)
-        write_record(job.path, record)
         self._artifacts(job, record)
         self._tracker.end(self._run(job), state, {"rung_kimg": reached, "reason": reason})
-        if state != "complete":
-            self._terminal.line(f"  {job.label}: {state} at {reached:,} kimg{f', {reason}' if reason else ''}")
+        write_record(job.path, record)
+        tell = self._terminal.tell if state == "complete" else self._terminal.line
+        text = f"  {job.label}: {state} at {reached:,} kimg{f', {reason}' if reason else ''}"
+        tell(text, facts=self._facts_of(job, record))
         self.on_change()
 
     def close_left(self, grouping: str) -> None:
@@ -145,6 +184,13 @@ class Ledger:
         for record in self.records:
             if record.grouping == grouping and record.state in ("paused", "running"):
                 self.close(record.params)
+
+    def _facts_of(self, job: TrialJob, record: TrialRecord) -> TrialFacts:
+        """A trial as it stands, for the table of trials and for programs."""
+        metrics, last = self.planner.scoring.metrics, record.rungs[-1] if record.rungs else {}
+        scores = {metric: float(last[metric]) for metric in metrics if last.get(metric) is not None}
+        clusters, reached = job.num_clusters, _reached(record)
+        return TrialFacts(job.label, job.grouping, clusters, record.state, reached, metrics[0], scores)
 
     def _run(self, job: TrialJob) -> str:
         return self._tracker.child(job.key, job.label, {}, {})
@@ -169,8 +215,13 @@ class Ledger:
         if job.condition is not None and job.condition.is_file():
             track_clustering(self._tracker, run, job.condition, self._facts(job.condition))
         newest = record.rungs[-1].get("checkpoint_path") if record.rungs else None
-        if newest and (Path(newest) / SAMPLES_FILE).is_file():
+        if newest and intact(Path(newest), SAMPLES_FILE):
             self._tracker.artifact(run, Path(newest) / SAMPLES_FILE)
+
+
+def _others(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters but C, which MLflow has under the name that comes first where it chooses an axis."""
+    return {name: value for name, value in params.items() if name != "num_clusters"}
 
 
 def _reached(record: TrialRecord) -> int:
@@ -181,8 +232,8 @@ def _reached(record: TrialRecord) -> int:
 class LedgerCallback(DriverCallback):
     """Tells the ledger what Tune hears; runs in the driver alone."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, stopping: Stopping | None = None) -> None:
+        self._ledger, self._stopping = ledger, stopping or Stopping()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.open(trial.config)
@@ -190,10 +241,16 @@ class LedgerCallback(DriverCallback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
     ) -> None:
-        self._ledger.add(trial.config, result)
+        if FAILED in result:
+            self._ledger.close(trial.config, reason=result[FAILED])
+        else:
+            self._ledger.add(trial.config, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ledger.close(trial.config)
+        if self._stopping.asked:
+            self._ledger.leave(trial.config)
+        else:
+            self._ledger.close(trial.config)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ledger.close(trial.config, reason=_reason(Path(trial.error_file)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +15,18 @@ from cedm_ray.clustering.probes import BoundSearch, Fidelity, Probe
 from cedm_ray.config import SearchConfig
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Board
+from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.groupings import MOSAIC_FILE, ClusteringJob, clustering_job
+from cedm_ray.stages.interruptions import FAILED, MOST_IN_A_ROW, Failure
+from cedm_ray.stages.progress import ProbeFacts
+from cedm_ray.stages.stopping import Stopping
+from cedm_ray.stages.storage_watch import StorageWatch
 from cedm_ray.stages.store import Store
+from cedm_ray.stages.story import probe_page
 
 if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker
@@ -92,17 +100,18 @@ class ProbeSearcher(Searcher):
     Args:
         search: The search; what it is told here it knows afterwards.
         at_once: Probes that the cluster can run side by side.
+        stopping: When it is asked, no probe starts any more.
     """
 
-    def __init__(self, search: BoundSearch, at_once: int = 1) -> None:
+    def __init__(self, search: BoundSearch, at_once: int = 1, stopping: Stopping | None = None) -> None:
         super().__init__(metric="reading", mode="max")
-        self.search, self._at_once = search, at_once
+        self.search, self._at_once, self._stopping = search, at_once, stopping or Stopping()
         self._asked: dict[str, Probe] = {}
         self._round: list[Probe] = []
-        self.failures = 0
+        self.failures, self.reason = 0, "see the log"
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        gives_up = self.failures > MAX_RETRIES
+        gives_up = self.failures > MAX_RETRIES or self._stopping.asked
         if not self._round and not self._asked and not gives_up:
             self._round = self.search.ask(self._at_once)
         if not self._round or gives_up:
@@ -114,10 +123,11 @@ class ProbeSearcher(Searcher):
         probe = self._asked.pop(trial_id, None)
         if probe is None:
             return
-        if result and not error:
+        if result and not error and FAILED not in result:
             self.search.tell(probe, result["reading"])
             return
         self.failures += 1
+        self.reason = (result or {}).get(FAILED, "killed from outside (memory?)")
         self._round.append(probe)
 
     def save(self, checkpoint_path: str) -> None:
@@ -134,12 +144,22 @@ class ProbeCallback(DriverCallback):
         self._ctx, self._jobs = ctx, jobs
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        tell_probe(self._ctx, self._jobs(Probe(**trial.config)), trial.last_result, "upper_bound")
+        if FAILED not in trial.last_result:
+            tell_probe(self._ctx, self._jobs(Probe(**trial.config)), trial.last_result, "upper_bound")
 
 
 def run_probe(config: Mapping[str, Any], jobs: ProbeJobs, embeddings: Embeddings, cpus: float, board: Board) -> None:
-    """The Tune function of a probe: fit (or find) one clustering and report its r_C."""
-    facts = groupings.fit(jobs(Probe(**config)), embeddings, cpus, board)
+    """The Tune function of a probe: fit (or find) one clustering and report its r_C, or why there is none.
+
+    An exception would be taken for the death of its process or node, after which Tune starts it again.
+    """
+    try:
+        facts = groupings.fit(jobs(Probe(**config)), embeddings, cpus, board)
+    except Exception as error:
+        if find_fault(error) is not None:
+            raise  # the driver ends the search for it
+        ray.tune.report({"reading": math.nan, FAILED: Failure.of(error).text})
+        return
     ray.tune.report({"reading": jobs.reading(facts), **{name: facts[name] for name in TOLD}})
 
 
@@ -150,7 +170,7 @@ def run_probes(ctx: Context, search: BoundSearch, jobs: ProbeJobs, embeddings: E
         RuntimeError: If clustering failed too often.
     """
     cpus, gpus, at_once = ctx.shares.cpus_per_probe, ctx.shares.gpus_per_probe, probes_at_once(ctx)
-    searcher = ProbeSearcher(search, at_once)
+    searcher = ProbeSearcher(search, at_once, ctx.stopping)
     probe = ray.tune.with_parameters(run_probe, jobs=jobs, embeddings=embeddings, cpus=cpus, board=ctx.board)
     ray.tune.Tuner(
         ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
@@ -159,11 +179,13 @@ def run_probes(ctx: Context, search: BoundSearch, jobs: ProbeJobs, embeddings: E
             name="upper_bound",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[ProbeCallback(ctx, jobs)],
+            callbacks=[StorageWatch(ctx.store.root.parent, ProbeCallback(ctx, jobs))],
+            failure_config=ray.tune.FailureConfig(max_failures=MOST_IN_A_ROW - 1),
         ),
     ).fit()
     if not search.done:
-        raise RuntimeError(f"clustering failed {searcher.failures} times; see {folder} for the reason")
+        ctx.stopping.check()
+        raise RuntimeError(f"clustering failed {searcher.failures} times, {searcher.reason}; see {folder} for more")
 
 
 def probes_at_once(ctx: Context) -> int:
@@ -177,15 +199,17 @@ def tell_probe(ctx: Context, job: ClusteringJob, facts: Mapping[str, Any], stage
     clusters, ratio = job.num_clusters, float(facts["utilization_ratio"])
     mean = float(facts["quality"]["mean_utilization_ratio"])
     said = f"  C={clusters}: {facts['num_used']} clusters used, r_C {ratio:.4f}, mean of the heads {mean:.4f}"
-    ctx.terminal.line(f"{said} ({job.terms})")
+    heard = ProbeFacts(stage, clusters, int(facts["num_used"]), ratio, mean, job.seed)
+    ctx.terminal.line(f"{said} ({job.terms})", facts=heard)
     tracker, settings = ctx.tracker, job.settings
     run = tracker.child(
         f"probe/{job.path.name}",
         f"{'probe' if stage == 'upper_bound' else 'lower bound'} C={clusters} ({job.terms})",
-        {"num_clusters": clusters, "seed": job.seed, "heads": settings.num_heads, "gamma": settings.gamma},
+        {"C": clusters, "seed": job.seed, "heads": settings.num_heads, "gamma": settings.gamma},
         {"stage": stage, "C": clusters, "grouping": job.grouping},
     )
-    tracker.metrics(run, {**facts["quality"], "seconds": facts["seconds"]}, kimg=0)
+    tracker.metrics(run, {**facts["quality"], "num_clusters": clusters, "seconds": facts["seconds"]}, kimg=0)
+    tracker.describe(run, probe_page(tracker.parent_key, run, said, mosaic=job.file.with_name(MOSAIC_FILE).is_file()))
     track_clustering(tracker, run, job.file, facts)
     tracker.end(run, "complete")
 
@@ -194,7 +218,7 @@ def track_clustering(tracker: Tracker, run: str, file: Path, facts: Mapping[str,
     """A clustering in MLflow: the loss of each head, the assignments and the mosaic (an older entry may have none)."""
     tracker.series(run, "head_loss", facts.get("head_losses", []))
     tracker.series(run, "head_utilization_ratio", facts.get("head_utilization", []))
-    tracker.artifact(run, file, "clustering")
+    tracker.artifact(run, here(file), "clustering")
     mosaic = file.with_name(MOSAIC_FILE)
     if mosaic.is_file():
         tracker.artifact(run, mosaic)

@@ -12,6 +12,7 @@ from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import KMEANS_HAS_NO_BOUND
 from cedm_ray.errors import UserError
 from cedm_ray.report.bound_figure import FittedCurve, ProbePoint, bound_figure
+from cedm_ray.report.write import write_page
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.probes import ProbeJobs, ProbeRecord, probes_at_once, run_probes, tell_probe
@@ -148,5 +149,5 @@ def _keep(ctx: Context, found: UpperBound) -> None:
         interval=found.interval,
         confidence=found.confidence,
     )
-    figure.savefig(ctx.folder / FIGURE, dpi=120)
+    write_page(figure, ctx.folder / FIGURE)
     ctx.tracker.artifact(ctx.tracker.parent_id, ctx.folder / FIGURE)

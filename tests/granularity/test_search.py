@@ -171,6 +171,69 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have_without(rule: RuleNam
         assert (after.complete, after.best) == (whole.complete, whole.best)
 
 
+Rungs = list[tuple[int, int]]
+
+
+def train(search: GranularitySearch, score: Score, most_rungs: int = 10_000) -> Rungs:
+    """One leg after another, to the end or until the search is killed after so many rungs; each C and its kimg."""
+    rungs: Rungs = []
+    while (leg := search.ask()) is not None:
+        for kimg in (k for k in search.plan.rungs_kimg if leg.start_kimg < k <= leg.stop_kimg):
+            if len(rungs) == most_rungs:
+                return rungs
+            rungs.append((leg.params["num_clusters"], kimg))
+            if search.tell(leg.key, kimg, score(leg.params, kimg)) == "stop":
+                search.end(leg.key, failed=False)
+                break
+    return rungs
+
+
+def other_courses(rule: RuleName, seeds: range, *, remembers: bool) -> tuple[int, int]:
+    """Searches killed after every one of their rungs: how many, and how many of them then took another course."""
+    kills = others = 0
+    for seed in seeds:
+        noise = np.random.default_rng(seed).normal(0, 0.05, (65, 9))
+
+        def score(params: Params, kimg: int, noise: Any = noise) -> tuple[float, ...]:
+            return (bowl(params, kimg)[0] * math.exp(noise[params["num_clusters"], kimg]),)
+
+        plan = replace(PLAN, rule=rule, sampler="gp", seed=seed, retrain_spread=0.05)
+        whole = train(GranularitySearch(plan, 36), score)
+        for count in range(len(whole)):
+            killed, again = GranularitySearch(plan, 36), GranularitySearch(plan, 36)
+            before = train(killed, score, count)
+            for run in killed.runs:
+                stop_kimg = run.target_kimg if remembers else None
+                again.recall(run.params, run.readings, stop_kimg=stop_kimg, stopped=run.state == "stopped")
+            kills += 1
+            others += before + train(again, score) != whole
+    return kills, others
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 10), marks=pytest.mark.slow)])
+def test_a_search_that_was_killed_in_the_middle_of_a_leg_goes_on_as_it_would_have_without(
+    rule: RuleName, seeds: range
+) -> None:
+    kills, others = other_courses(rule, seeds, remembers=True)
+    print(f"{rule}: of {kills} killed searches {others} took another course")
+    assert kills > 10 * len(seeds) and others == 0
+
+
+def test_a_search_that_forgot_where_its_leg_was_to_end_may_take_another_course() -> None:
+    kills, others = other_courses("fitted", range(1), remembers=False)
+    assert 0 < others < kills / 4
+
+
+def test_what_was_set_aside_for_a_cut_off_leg_is_there_for_it_and_no_more() -> None:
+    for allowed, wanted in ((9, (1, 4)), (3, None)):
+        search = GranularitySearch(PLAN, allowed)
+        search.recall({"num_clusters": 64}, {1: (3.0,)}, stop_kimg=4)
+        leg = search.ask()
+        assert (leg and (leg.start_kimg, leg.stop_kimg)) == wanted
+        assert search.runs.spent_kimg == (4 if leg else 1) and not (leg and search.done)
+
+
 @pytest.mark.parametrize("rule,sampler", plans())
 def test_a_training_that_was_cut_off_on_its_way_is_taken_up_again(rule: RuleName, sampler: SamplerName) -> None:
     search = GranularitySearch(replace(PLAN, rule=rule, sampler=sampler), 30)

@@ -148,9 +148,11 @@ def record(num_clusters: int, scores: dict[int, float], state: State = "paused",
     return TrialRecord(repr(params), "C", grouping, num_clusters, params, state, rungs=rungs)
 
 
-def ledger_of(records: Sequence[TrialRecord], config: SearchConfig = CONFIG) -> Any:
+def ledger_of(records: Sequence[TrialRecord], config: SearchConfig = CONFIG, legs: dict[int, int] | None = None) -> Any:
+    """``legs``: how far the search has asked each C to train."""
     planner = SimpleNamespace(config=config, scoring=SimpleNamespace(metrics=("fid", "fdd")))
-    return SimpleNamespace(planner=planner, records=list(records))
+    asked = lambda params: (legs or {}).get(params["num_clusters"])  # noqa: E731
+    return SimpleNamespace(planner=planner, records=list(records), stop_kimg=asked)
 
 
 RECORDS = [
@@ -178,6 +180,16 @@ def test_a_search_is_told_what_earlier_processes_have_trained_for_it(
     assert all(run.params == {"num_clusters": c} for c, run in runs.items())
     if two is not None:  # ASHA may not have decided yet on the last rung of a training that was cut off
         assert runs[2].readings == two
+
+
+def test_what_was_asked_of_a_training_is_recalled_and_what_other_searches_have_trained_of_it_is_left_out() -> None:
+    records = [record(5, {1: 3.0, 2: 2.5, 4: 2.0}, "complete"), record(12, {1: 3.1}, "running"), record(30, {1: 4.0})]
+    search = search_of()
+    _recall(search, ledger_of(records, legs={5: 2, 12: 4}))
+    found = {run.num_clusters: (run.state, list(run.readings), run.target_kimg) for run in search.runs}
+    assert found == {5: ("paused", [1, 2], 2), 12: ("paused", [1], 4), 30: ("paused", [1], 1)}
+    leg = search.ask()
+    assert leg is not None and (leg.params, leg.start_kimg, leg.stop_kimg) == ({"num_clusters": 12}, 1, 4)
 
 
 def test_of_several_objectives_all_scores_are_recalled() -> None:

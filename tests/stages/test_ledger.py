@@ -9,13 +9,13 @@ import pytest
 from cedm_ray.config import SearchConfig
 from cedm_ray.metrics.stats import StatsFacts
 from cedm_ray.settings import FinalSettings, GranularitySettings
+from cedm_ray.stages.checkpoints import SAMPLES_FILE
 from cedm_ray.stages.exported import CLUSTERING_FILE
 from cedm_ray.stages.ledger import Ledger, LedgerCallback
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.scoring import Reference, Scoring
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.worker import SAMPLES_FILE
 
 CONFIG = SearchConfig(
     granularity=GranularitySettings(total_kimg=4, grace_kimg=1), final=FinalSettings(total_kimg=6), seed=7
@@ -65,7 +65,9 @@ class Desk:
         scoring = Scoring((Reference(cast(Any, None), FACTS, root / "reference.safetensors"),))
         self.planner = Planner(config, self.store, {"backbone": "pixels"}, root / "images", "ab", {}, scoring)
         self.folder = root / name
-        terminal = SimpleNamespace(line=lambda text, style="": self.said.append(text.strip()))
+        terminal = SimpleNamespace(
+            line=lambda text, style="", facts=None: self.said.append(text.strip()), tell=lambda text, facts: None
+        )
         board = SimpleNamespace(remove=self.removed.append)
         ctx = SimpleNamespace(folder=self.folder, terminal=terminal, tracker=self.tracker, board=board)
         self.ledger = Ledger(cast(Any, ctx), self.planner)
@@ -179,7 +181,7 @@ def test_a_rung_that_is_reported_again_keeps_what_it_had_and_is_told_once(desk: 
 def test_params_and_terms_of_the_score_go_to_the_tracker(desk: Desk) -> None:
     desk.ledger.open(TWELVE)
     told = desk.tracker.params["C=12"]
-    assert told["num_clusters"] == 12 and told["fd_lenet.weights_hash"] == "ab" * 32
+    assert told["C"] == 12 and told["fd_lenet.weights_hash"] == "ab" * 32
     assert desk.tracker.tags["C=12"] == {"stage": "granularity", "C": 12, "grouping": "temi", "state": "running"}
 
 
@@ -271,6 +273,16 @@ def test_tunes_callback_writes_down_a_trial_and_the_last_line_that_names_an_erro
     assert [record.state for record in desk.ledger.records] == ["failed", "stopped"]
 
 
+def test_how_far_a_search_asks_a_trial_to_train_is_kept_for_that_search_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    assert desk.ledger.stop_kimg(TWELVE) is None
+    for stop_kimg in (1, 4):
+        desk.ledger.leg(TWELVE, stop_kimg)
+    again, other = Desk(tmp_path), Desk(tmp_path, name="other")
+    assert again.ledger.stop_kimg(TWELVE) == 4
+    assert again.ledger.stop_kimg(NONE) is None and other.ledger.stop_kimg(TWELVE) is None
+
+
 def test_a_clustering_that_is_not_whole_is_named(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.cluster()
@@ -287,3 +299,18 @@ def test_a_retraining_has_a_record_of_its_own(desk: Desk) -> None:
     desk.ledger.open({**TWELVE, "train_seed": 8})
     records: list[TrialRecord] = desk.ledger.records
     assert [record.label for record in records] == ["C=12", "C=12 (seed 8)"] and records[0].key != records[1].key
+
+
+def test_a_trial_that_is_left_as_it_is_goes_on_from_its_record(desk: Desk) -> None:
+    ledger = desk.ledger
+    ledger.leave(TWELVE)  # it has not started
+    assert ledger.records == [] and desk.tracker.ended == []
+    ledger.open(TWELVE)
+    ledger.add(TWELVE, result(1))
+    ledger.leave(TWELVE)
+    assert desk.state(TWELVE) == "running" and desk.said[-1] == "C=12: left at 1 kimg"
+    assert desk.tracker.ended == [("C=12", "interrupted")] and desk.tracker.tags["C=12"]["rung_kimg"] == 1
+    ledger.open(TWELVE)
+    ledger.add(TWELVE, result(4))
+    ledger.leave(TWELVE)  # nothing is left of it to train
+    assert desk.state(TWELVE) == "complete" and desk.tracker.ended[-1] == ("C=12", "complete")

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
 from cedm_ray.stages.groupings import clustering_job
+from cedm_ray.stages.interruptions import FAILED
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import MAX_RETRIES, ProbeJobs, ProbeSearcher
 from cedm_ray.stages.store import Store
@@ -108,3 +110,18 @@ def test_the_next_round_is_asked_for_when_the_last_one_is_told_whatever_came_fir
         assert searcher.search.done and len(rounds) > 1
         orders.append(rounds)
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "reason"),
+    [
+        ({"reading": math.nan, FAILED: "ValueError: no"}, False, "ValueError: no"),
+        (None, True, "killed from outside (memory?)"),
+    ],
+)
+def test_a_probe_that_says_why_it_failed_is_not_taken_for_a_reading(result: Any, error: bool, reason: str) -> None:
+    searcher = ProbeSearcher(UpperBoundSearch(50, max_clusters=1000))
+    first = searcher.suggest("t0")
+    searcher.on_trial_complete("t0", result, error)
+    assert (searcher.failures, searcher.reason) == (1, reason) and not searcher.search.readings
+    assert searcher.suggest("t1") == first  # it is tried again
