@@ -7,6 +7,7 @@ import time
 import ray
 from ray.exceptions import RayError
 
+from cedm_ray.stages.gpu_use import gpu_use
 from cedm_ray.stages.progress import TICK_S, Work
 
 
@@ -16,16 +17,24 @@ class _Works:
     def __init__(self) -> None:
         self._works: dict[str, Work] = {}
         self._closed: set[str] = set()
+        self._said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self._said.append(line)
+
+    def said(self) -> list[str]:
+        lines, self._said = self._said, []
+        return lines
 
     def open(self, key: str) -> None:
         self._closed.discard(key)
 
-    def update(self, key: str, label: str, done: float, total: float, unit: str) -> None:
+    def update(self, key: str, label: str, done: float, total: float, unit: str, gpu: str = "") -> None:
         if key in self._closed:  # a worker that was stopped may still send a last word
             return
         old = self._works.get(key)
         started = (old.started_s, old.started_done) if old and old.done <= done else (time.time(), done)
-        self._works[key] = Work(label, done, total, unit, *started)
+        self._works[key] = Work(label, done, total, unit, *started, gpu)
 
     def add(self, key: str, label: str, more: float, total: float, unit: str) -> None:
         old = self._works.get(key)
@@ -43,15 +52,28 @@ class Board:
     """A handle to the board, which may travel to any process; writing to it never waits and never fails."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Works).remote()
+        # On the head, which a search does not survive, while other nodes come and go.
+        self._actor = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(_Works).remote()
+
+    def say(self, line: str) -> None:
+        """Say something that the driver passes on to the terminal."""
+        self._actor.say.remote(line)
+
+    def said(self) -> list[str]:
+        """What has been said since this was asked last; nothing where the cluster does not answer."""
+        try:
+            found: list[str] = ray.get(self._actor.said.remote(), timeout=5)
+        except RayError:
+            return []
+        return found
 
     def open(self, key: str) -> None:
         """Take what is said of a piece of work from now on, also if it was taken off before."""
         self._actor.open.remote(key)
 
-    def update(self, key: str, label: str, done: float, total: float, unit: str) -> None:
-        """Say how far a piece of work is."""
-        self._actor.update.remote(key, label, done, total, unit)
+    def update(self, key: str, label: str, done: float, total: float, unit: str, gpu: str = "") -> None:
+        """Say how far a piece of work is, and how busy its GPU."""
+        self._actor.update.remote(key, label, done, total, unit, gpu)
 
     def add(self, key: str, label: str, more: float, total: float, unit: str) -> None:
         """Say that a piece of work, shared by several processes, is so much further."""
@@ -82,7 +104,7 @@ class Beat:
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + TICK_S
-            self._board.update(self._key, self._label, done, self._total, self._unit)
+            self._board.update(self._key, self._label, done, self._total, self._unit, gpu_use())
 
     def close(self) -> None:
         self._board.remove(self._key)

@@ -14,10 +14,10 @@ from cedm_ray.settings import SEARCHED
 from cedm_ray.stages.budget import Account
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.granularity import trials_at_once
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.trials import TrialSource, tune_trials
+from cedm_ray.stages.waiting import Places
 
 Scored = tuple[TrialRecord, tuple[float, ...]]
 """A training that reached the end of the search, and the scores of its sets of images there."""
@@ -132,5 +132,5 @@ def confirm(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Embedd
         return
     clusters = ", ".join(str(c) for c in sorted({params["num_clusters"] for params in missing}))
     with ctx.terminal.stage(f"retraining C = {clusters} with fresh seeds", ctx.board):
-        source = TrialSource(ledger, missing)
-        tune_trials(ctx, ledger, "confirm", embeddings, source, at_once=trials_at_once(ctx))
+        source, places = TrialSource(ledger, missing), Places(ctx.shares, ctx.config.granularity.max_concurrent)
+        tune_trials(ctx, ledger, "confirm", embeddings, source, at_once=places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ray.tune.experiment import Trial
@@ -11,6 +11,8 @@ from ray.tune.search import Searcher
 
 from cedm_ray.granularity.runs import Leg
 from cedm_ray.granularity.search import Verdict
+from cedm_ray.stages.interruptions import FAILED
+from cedm_ray.stages.stopping import Stopping
 
 ACTIONS = {"continue": TrialScheduler.CONTINUE, "pause": TrialScheduler.PAUSE, "stop": TrialScheduler.STOP}
 
@@ -39,31 +41,39 @@ class Desk:
 
     Args:
         source: Decides.
-        at_once: Legs that may run side by side.
-
-    Raises:
-        ValueError: If there is no place at all.
+        at_once: Says how many legs may run side by side now; where fewer may than run, none is ended for it.
+        stopping: When it is asked, no leg starts any more, and each one ends at its next rung.
     """
 
-    def __init__(self, source: LegSource, at_once: int) -> None:
-        if at_once < 1:
-            raise ValueError(f"at_once is {at_once}; it must be at least 1")
-        self.source, self._at_once = source, at_once
+    def __init__(self, source: LegSource, at_once: Callable[[], int], stopping: Stopping | None = None) -> None:
+        self.source, self._at_once, self._stopping = source, at_once, stopping or Stopping()
         self._running: set[str] = set()
         self._next: Leg | None = None
         self._keys: dict[str, str] = {}
         """Key of the run of each live Tune trial, the paused ones included."""
         self._heard_kimg: dict[str, int] = {}
         """The largest rung that the source knows of, by key."""
+        self._failed: set[str] = set()
+        """Live Tune trials that have said why they end."""
 
     def __reduce__(self) -> Any:
         # Tune pickles its searcher and scheduler so that it could restore them. Searches here go on from their own
         # records instead, and what a source holds need not be picklable.
         return object, ()
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing runs and nothing more is to start."""
+        return self.source.done or (self._stopping.asked and self.next_leg() is None and not self._running)
+
     def next_leg(self) -> Leg | None:
         """The leg that is to start next, the same one until it is taken."""
-        if self._next is None and len(self._running) < self._at_once:
+        if self._stopping.asked:
+            if self._next is not None:
+                self._running.discard(self._next.key)
+                self._next = None
+            return None
+        if self._next is None and len(self._running) < self._at_once():
             self._next = self.source.ask()
             if self._next is not None:
                 self._running.add(self._next.key)
@@ -80,8 +90,11 @@ class Desk:
         self._heard_kimg[leg.key] = max(leg.start_kimg, self._heard_kimg.get(leg.key, 0))
 
     def hear(self, trial_id: str, result: Mapping[str, Any]) -> Verdict:
-        """A Tune trial has reported a rung, perhaps one that it had reported before it was interrupted."""
+        """A Tune trial has reported a rung, perhaps one that it had reported before it was interrupted, or its end."""
         key = self._keys[trial_id]
+        if FAILED in result:
+            self._failed.add(trial_id)
+            return "stop"
         if key not in self._running:
             return "pause"  # Tune failed to pause it and started it again
         if result["kimg"] <= self._heard_kimg[key]:
@@ -90,7 +103,7 @@ class Desk:
         verdict = self.source.tell(key, result)
         if verdict == "pause":
             self._running.discard(key)
-        return verdict
+        return "stop" if verdict == "continue" and self._stopping.asked else verdict
 
     def close(self, trial_id: str, failed: bool) -> None:
         """A Tune trial is over."""
@@ -100,7 +113,8 @@ class Desk:
         self._running.discard(key)
         if self._next is not None and self._next.key == key:
             self._next = None  # it was to be resumed, and failed before
-        self.source.end(key, failed)
+        self.source.end(key, failed or trial_id in self._failed)
+        self._failed.discard(trial_id)
 
 
 class LegSearcher(Searcher):
@@ -115,7 +129,7 @@ class LegSearcher(Searcher):
         self._desk = desk
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self._desk.source.done:
+        if self._desk.done:
             return str(Searcher.FINISHED)
         leg = self._desk.next_leg()
         if leg is None or self._desk.trial_id(leg.key) is not None:
@@ -166,7 +180,7 @@ class LegScheduler(TrialScheduler):
             self._desk.take(leg, trial_id)
             # A trial that failed while it was being paused was started again by Tune, and runs.
             self._resumed = trial if trial.status == Trial.PAUSED else None
-        elif self._desk.source.done:
+        elif self._desk.done:
             for trial in tune_controller.get_trials():
                 if trial.status == Trial.PAUSED:
                     tune_controller.stop_trial(trial)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ import torch
 
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
-from cedm_ray.stages.checkup_disk import CHECKPOINTS_KEPT
+from cedm_ray.stages.bucket import look_for
+from cedm_ray.stages.checkpoints import forget_snapshot, keep_in_bucket
+from cedm_ray.stages.checkup_disk import COPIES
 from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.interruptions import FAILED, Failure, Interruptions
 from cedm_ray.stages.plan import Planner, TrialJob
-from cedm_ray.stages.worker import Rung, Worker
+from cedm_ray.stages.process_group import NodeAddressConfig
+from cedm_ray.stages.records import read_record
+from cedm_ray.stages.storage_errors import SPARE_BYTES, Disk, Need, written_to
+from cedm_ray.stages.worker import DEVICE_BATCH_FILE, Rung, Worker
+
+PAUSE_S, NODE_S = 5.0, 30.0
+"""Between an interruption and the next start, and where it must first be seen whether a node is lost."""
 
 
 def run_trial(
@@ -41,16 +52,86 @@ def run_trial(
         total_kimg: Train to the final budget (None: to the one of the search).
     """
     # The workers import this module too, and have no use for Tune.
+    from ray.tune import report
     from ray.tune.integration.ray_train import TuneReportCallback
 
     job = planner.job(config, total_kimg=total_kimg)
-    if job.clustering is not None and planner.store.facts(job.clustering.path) is None:
-        # Outside the trial's own share, which is a place on the head and no CPU.
-        task = ray.remote(groupings.fit).options(
-            num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe, scheduling_strategy="DEFAULT"
-        )
-        ray.get(task.remote(job.clustering, embeddings, shares.cpus_per_probe, board))
-    trainer = ray.train.torch.TorchTrainer(
+
+    def train() -> None:
+        if job.clustering is not None and planner.store.facts(job.clustering.path) is None:
+            # Outside the trial's own share, which is a place on the head and no CPU.
+            task = ray.remote(groupings.fit).options(
+                num_cpus=shares.cpus_per_probe,
+                num_gpus=shares.gpus_per_probe,
+                scheduling_strategy="DEFAULT",
+                max_retries=0,  # whether it is tried again is decided for the trial as a whole
+            )
+            ray.get(task.remote(job.clustering, embeddings, shares.cpus_per_probe, board))
+        forget_snapshot(job.checkpoints)
+        _trainer(job, board, shares, TuneReportCallback()).fit()
+
+    reason = _keep_on(job, board, train)
+    if reason is not None:
+        # An exception would be taken for the death of this process, after which Tune starts the trial again.
+        report({FAILED: reason})
+
+
+def _keep_on(job: TrialJob, board: Board, train: Callable[[], None]) -> str | None:
+    """Train in spite of interruptions; each time it goes on from the newest checkpoint.
+
+    Returns:
+        Why it has ended before its time, or None.
+
+    Raises:
+        Exception: What a disk was behind: the driver ends the search for it.
+    """
+    interruptions = Interruptions(_reached_kimg(job))
+    while True:
+        nodes, halved = _nodes(), look_for(job.path / DEVICE_BATCH_FILE).is_file()
+        try:
+            train()
+        except Exception as error:
+            if find_fault(error) is not None:
+                raise
+            failure = Failure.of(error)
+        else:
+            return None
+        node_lost = _lost(nodes, NODE_S if failure.unsure else PAUSE_S)
+        reached = _reached_kimg(job)
+        reason = interruptions.ends(failure, reached, node_lost=node_lost, halved=halved)
+        if reason is not None:
+            return reason
+        if failure.kind != "waiting":
+            killed = "a node was lost" if node_lost else "a process was killed"
+            what = failure.text if failure.kind == "own" else killed
+            board.say(f"{job.label}: {what}; goes on from {reached:,} kimg")
+
+
+def _reached_kimg(job: TrialJob) -> int:
+    """The newest rung that the driver has heard of."""
+    record = read_record(job.path)
+    return int(record.rungs[-1]["kimg"]) if record is not None and record.rungs else 0
+
+
+def _lost(nodes: set[str], within_s: float) -> bool:
+    """Whether one of these nodes is gone, or goes within so many seconds; takes ``PAUSE_S`` at least."""
+    time.sleep(PAUSE_S)
+    for _ in range(round(within_s - PAUSE_S)):
+        if nodes - _nodes():
+            break
+        time.sleep(1)
+    return bool(nodes - _nodes())
+
+
+def _nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _trainer(
+    job: TrialJob, board: Board, shares: Shares, report: ray.train.UserCallback
+) -> ray.train.torch.TorchTrainer:
+    """The training as a job of Ray Train, which ends at the first failure: what follows is decided here."""
+    return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={
             "job": job,
@@ -66,15 +147,16 @@ def run_trial(
                 **({"GPU": shares.gpus_per_worker} if shares.gpus_per_worker else {}),
             },
         ),
+        torch_config=NodeAddressConfig(),
         run_config=ray.train.RunConfig(
             name=job.checkpoints.name,
             storage_path=str(job.path),
-            callbacks=[TuneReportCallback()],
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT + bool(job.final_sets)),
-            failure_config=ray.train.FailureConfig(max_failures=1),
+            callbacks=[report],
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )
-    trainer.fit()
 
 
 def train_worker(loop: Mapping[str, Any]) -> None:
@@ -94,6 +176,8 @@ def train_worker(loop: Mapping[str, Any]) -> None:
         for rung in worker.restore():
             ray.train.report(rung)  # Tune may not have heard of it before the interruption
         for kimg in worker.missing_rungs():
+            if rank == 0:
+                _storage(job).check(_checkpoint_need(worker))  # now, not after hours of training
             _report(worker, worker.train_to(kimg, beat))
         if job.final_sets and not job.finally_scored(worker.rungs[-1]):
             _report(worker, worker.finish())
@@ -105,5 +189,26 @@ def train_worker(loop: Mapping[str, Any]) -> None:
 
 def _report(worker: Worker, rung: Rung) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = worker.checkpoint(Path(folder)) if worker.rank == 0 else None
-        ray.train.report(rung, checkpoint=checkpoint)
+        if worker.rank != 0:
+            ray.train.report(rung)
+            return
+        need = _checkpoint_need(worker)
+        with written_to(Disk.temporary(Path(tempfile.gettempdir())), need):
+            checkpoint = worker.checkpoint(Path(folder))
+        with written_to(_storage(worker.job), need):
+            kept = keep_in_bucket(Path(folder), worker.job.checkpoints)
+            if kept is None:
+                ray.train.report(rung, checkpoint=checkpoint)
+            else:
+                ray.train.report({**rung, "checkpoint_path": str(kept)})
+            worker.prune()
+
+
+def _storage(job: TrialJob) -> Disk:
+    return Disk.storage(job.path.parents[2])
+
+
+def _checkpoint_need(worker: Worker) -> Need:
+    """What a checkpoint takes: the network, its moving average, Adam's moments, and a little for what lies beside."""
+    state = COPIES * sum(p.numel() * p.element_size() for p in worker.state.net.parameters())
+    return Need(f"a checkpoint of {worker.job.label}", state + SPARE_BYTES)

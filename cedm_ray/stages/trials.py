@@ -11,10 +11,15 @@ import ray.tune
 
 from cedm_ray.granularity.runs import Leg, Params, name_of
 from cedm_ray.granularity.search import GranularitySearch, Verdict
+from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.interruptions import MOST_IN_A_ROW
 from cedm_ray.stages.ledger import Ledger, LedgerCallback
 from cedm_ray.stages.legs import Desk, LegScheduler, LegSearcher
+from cedm_ray.stages.plan import Planner
+from cedm_ray.stages.storage_watch import StorageWatch
 from cedm_ray.stages.trial import run_trial
 
 
@@ -66,6 +71,7 @@ class TrialSource:
             self._search.allowed_kimg = self._allowed_kimg()
         while (leg := self._search.ask()) is not None:
             leg = Leg(leg.key, {"grouping": self._grouping, **leg.params}, leg.start_kimg, leg.stop_kimg)
+            self._ledger.leg(leg.params, leg.stop_kimg)
             if not self._read(leg):
                 break
         self._nothing_new = leg is None and not self._search.done
@@ -129,6 +135,34 @@ class TrialSource:
             self._search.end(key, failed)
 
 
+class DeathsInARow(DriverCallback):
+    """Makes Tune start a trial whose process was killed again as often as it has got further since the last time.
+
+    The process lies on the head, and what interrupts the workers of its training is its own matter.
+
+    Args:
+        board: Where it is told.
+        planner: Knows what a trial is called.
+    """
+
+    def __init__(self, board: Board, planner: Planner) -> None:
+        self._board, self._planner = board, planner
+        self._furthest_kimg: dict[str, int] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        kimg = int(result.get("kimg", 0))
+        if kimg > self._furthest_kimg.get(trial.trial_id, 0):
+            self._furthest_kimg[trial.trial_id] = kimg
+            trial.run_metadata.num_failures = 0
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        kimg = self._furthest_kimg.get(trial.trial_id, 0)
+        label = self._planner.job(trial.config).label
+        self._board.say(f"{label}: its process on the head was killed; goes on from {kimg:,} kimg")
+
+
 def tune_trials(
     ctx: Context,
     ledger: Ledger,
@@ -136,7 +170,7 @@ def tune_trials(
     embeddings: Embeddings,
     source: TrialSource,
     *,
-    at_once: int,
+    at_once: Callable[[], int],
     total_kimg: int | None = None,
 ) -> None:
     """Run Tune until the source is done; every report goes to the ledger.
@@ -147,7 +181,7 @@ def tune_trials(
         stage: Name of the stage.
         embeddings: The embeddings and their neighbours.
         source: What to train.
-        at_once: Trials side by side.
+        at_once: Says how many trials may run side by side now.
         total_kimg: Train to the final budget (None: to the search's).
     """
     trainable = ray.tune.with_parameters(
@@ -160,7 +194,7 @@ def tune_trials(
     )
     if source.done:
         return
-    desk = Desk(source, at_once)
+    desk = Desk(source, at_once, ctx.stopping)
     ray.tune.Tuner(
         # The function only waits for its workers: it takes no CPU, and its place is the head.
         ray.tune.with_resources(trainable, {"node:__internal_head__": 0.001}),
@@ -169,7 +203,11 @@ def tune_trials(
             name=stage,
             storage_path=str(ctx.folder / "ray"),
             verbose=0,
-            callbacks=[LedgerCallback(ledger)],
-            failure_config=ray.tune.FailureConfig(max_failures=1),
+            callbacks=[
+                StorageWatch(ctx.store.root.parent, LedgerCallback(ledger, ctx.stopping)),
+                DeathsInARow(ctx.board, ledger.planner),
+            ],
+            failure_config=ray.tune.FailureConfig(max_failures=MOST_IN_A_ROW - 1),
         ),
     ).fit()
+    ctx.stopping.check()

@@ -124,7 +124,7 @@ class Completed(ray.tune.Callback):
 def main(folder: str) -> None:
     script = Script()
     completed: dict[str, int] = {}
-    desk = Desk(script, at_once=2)
+    desk = Desk(script, at_once=lambda: 2)
     started_s = time.monotonic()
     with connected(load([])):
         up_s = time.monotonic() - started_s

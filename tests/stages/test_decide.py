@@ -176,7 +176,7 @@ def test_every_c_of_the_tie_set_is_retrained_with_fresh_seeds(monkeypatch: pytes
     made = Confirmed(TIED, monkeypatch)
     assert made.seeds() == [(14, 6), (10, 6), (14, 7), (10, 7)]
     assert all(set(params) == {"grouping", "num_clusters", "train_seed"} for params in made.trained)
-    assert made.said == ["retraining C = 10, 14 with fresh seeds"] and made.at_once == 3
+    assert made.said == ["retraining C = 10, 14 with fresh seeds"] and made.at_once() == 3
 
 
 def test_retrainings_that_are_complete_are_not_repeated_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:

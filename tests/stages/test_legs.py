@@ -4,7 +4,7 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from cedm_ray.stages.interruptions import FAILED
 from cedm_ray.stages.legs import Desk, Leg, LegScheduler, LegSearcher, Verdict
 
 RUNGS_KIMG = (1, 2, 4)
@@ -78,16 +79,25 @@ class FakeTune:
 
     Args:
         failures: How often a run fails, by its number; Tune tries a trial a second time.
+        gives_up: Before which rung a run reports that it ends, by its number.
     """
 
-    def __init__(self, source: Any, at_once: int, failures: Mapping[int, int] | None = None, seed: int = 0) -> None:
-        desk = Desk(source, at_once)
+    def __init__(
+        self,
+        source: Any,
+        at_once: int | Callable[[], int],
+        failures: Mapping[int, int] | None = None,
+        seed: int = 0,
+        gives_up: Mapping[int, int] | None = None,
+    ) -> None:
+        desk = Desk(source, at_once if callable(at_once) else lambda: at_once)
         self.searcher, self.scheduler = LegSearcher(desk), LegScheduler(desk)
         self.trials: list[Any] = []
         self.checkpoints_kimg: dict[int, int] = {}
         """The newest rung of each run, which a training goes on from."""
         self.failures, self.random, self.most = dict(failures or {}), random.Random(seed), 0
         self.resumed: list[tuple[int, int]] = []
+        self.gives_up = dict(gives_up or {})
 
     def get_trials(self) -> list[Any]:
         return self.trials
@@ -148,7 +158,10 @@ class FakeTune:
             self.stop_trial(trial)
         else:
             trial.last = {"kimg": trial.reports.pop(0)}
-            self.checkpoints_kimg[number] = max(trial.last["kimg"], self.checkpoints_kimg.get(number, 0))
+            if self.gives_up.get(number) == trial.last["kimg"]:
+                trial.last = {FAILED: "ValueError: it cannot"}
+            else:
+                self.checkpoints_kimg[number] = max(trial.last["kimg"], self.checkpoints_kimg.get(number, 0))
             action = self.scheduler.on_trial_result(self, trial, trial.last)
             if action == TrialScheduler.STOP:
                 self.stop_trial(trial)
@@ -220,7 +233,7 @@ def fake_trial(searcher: LegSearcher, name: str, status: str = Trial.RUNNING) ->
 
 
 def legs_of(source: Any, at_once: int = 1) -> tuple[LegSearcher, LegScheduler]:
-    desk = Desk(source, at_once)
+    desk = Desk(source, lambda: at_once)
     return LegSearcher(desk), LegScheduler(desk)
 
 
@@ -296,9 +309,39 @@ def test_nothing_is_suggested_beyond_the_places_and_the_end_is_said_only_when_al
     assert source.ended == [("a", False), ("b", True)]
 
 
-def test_no_place_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="at_once is 0; it must be at least 1"):
-        Desk(Halving(1), 0)
+def test_a_run_that_says_why_it_ends_is_ended_as_failed_and_not_tried_again() -> None:
+    source = Halving(6)
+    tune = FakeTune(source, 2, gives_up={1: 1, 2: 2})
+    tune.run()
+    assert sorted(source.ended) == [(f"run{n}", n in (1, 2)) for n in range(6)]
+    assert ("run1", 1) not in source.told and ("run2", 1) in source.told and ("run2", 2) not in source.told
+    assert all(trial.tries == 0 for trial in tune.trials) and tune.most <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_runs_side_by_side_follows_the_places_and_none_is_ended_when_they_become_fewer(seed: int) -> None:
+    places, steps, started = [4], [0], []
+    source = Halving(12)
+    ask = source.ask
+
+    def asked() -> Leg | None:
+        leg, running = ask(), len(source.running)
+        if leg is not None:
+            started.append((places[0], running))
+        return leg
+
+    def at_once() -> int:
+        steps[0] += 1
+        places[0] = {40: 1, 80: 3}.get(steps[0], places[0])
+        return places[0]
+
+    source.ask = asked  # type: ignore[method-assign]
+    tune = FakeTune(source, at_once, seed=seed)
+    tune.run()
+    assert sorted(source.ended, key=lambda each: int(each[0][3:])) == [(f"run{n}", False) for n in range(12)]
+    assert all(running <= place for place, running in started)
+    assert [max(running for place, running in started if place == each) for each in (4, 1, 3)] == [4, 1, 3]
+    assert tune.resumed and len(tune.trials) == 12
 
 
 def test_what_tune_keeps_of_the_search_holds_nothing_of_the_source() -> None:

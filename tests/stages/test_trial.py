@@ -26,6 +26,7 @@ from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
 from cedm_ray.stages import trial
+from cedm_ray.stages.checkpoints import STATE_FILE
 from cedm_ray.stages.features import FeatureParts, lenet_spec
 from cedm_ray.stages.groupings import CLUSTERING_FILE
 from cedm_ray.stages.plan import Planner, TrialJob
@@ -138,7 +139,7 @@ def test_scoring_is_told_in_place_of_training(job: TrialJob) -> None:
     silent.scorer.score(0, NUM_IMAGES)
     names = [call[0] for call in board.method_calls]
     assert (names[0], names[1], names[-2:]) == ("remove", "open", ["remove", "open"]) and "update" in names
-    key, label, done, total, unit = board.update.call_args.args
+    key, label, done, total, unit, _ = board.update.call_args.args
     assert (key, label, total, unit) == (job.score_key, "C=4 scoring", NUM_IMAGES, "images") and 0 < done <= NUM_IMAGES
     assert not other.method_calls
 
@@ -321,6 +322,7 @@ def test_a_stored_clustering_asks_nothing_of_the_cluster(
     tasks, trainer = Mock(), Mock()
     monkeypatch.setattr(trial.ray, "remote", tasks)
     monkeypatch.setattr(trial.ray, "get", Mock())
+    monkeypatch.setattr(trial, "_nodes", lambda: {"head"})
     monkeypatch.setattr(trial.ray.train.torch, "TorchTrainer", trainer)
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", RunCallback)
     shares = SimpleNamespace(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.5, cpus_per_probe=2.0,
@@ -329,3 +331,33 @@ def test_a_stored_clustering_asks_nothing_of_the_cluster(
     assert tasks.call_count == (not stored) and trainer.return_value.fit.call_count == 1
     loop = trainer.call_args.kwargs["train_loop_config"]
     assert loop["job"].num_clusters == 17 and loop["gpus"] == 0.5
+
+
+def test_a_training_goes_on_from_its_newest_whole_checkpoint_and_says_what_was_torn(
+    job: TrialJob, tmp_path: Path
+) -> None:
+    job = replace(job, path=tmp_path, diffusion=replace(job.diffusion, total_batch=500))
+    first = worker(job)
+    assert first.restore() == [] and list(first.missing_rungs()) == [1, 2]
+    for number, kimg in enumerate(job.rungs_kimg):
+        first.train_to(kimg, Mock())
+        folder = job.checkpoints / f"checkpoint_{number}"
+        folder.mkdir(parents=True)
+        first.checkpoint(folder)
+    paths = [str(job.checkpoints / f"checkpoint_{number}") for number in (0, 1)]
+    whole = worker(job).restore()
+    assert [rung.pop("checkpoint_path") for rung in whole] == paths and whole == first.rungs
+
+    state = Path(paths[1]) / STATE_FILE
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(bytes(content))
+    again = worker(job)
+    again.scorer.board = board = Mock()
+    assert again.restore() == [{**first.rungs[0], "checkpoint_path": paths[0]}]
+    (line,) = board.say.call_args.args
+    assert f"C=4: checkpoint {paths[1]} is torn ({STATE_FILE} has another content than was written)" in line
+    assert list(again.missing_rungs()) == [2] and again.state.nimg == 1000
+    again.train_to(2, Mock())
+    for one, other in zip(again.state.ema.parameters(), first.state.ema.parameters(), strict=True):
+        assert torch.equal(one, other)
