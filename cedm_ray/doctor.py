@@ -20,7 +20,8 @@ from cedm_ray.stages.checkup_disk import Pile, checkpoint_bytes
 from cedm_ray.stages.checkup_inputs import open_images, settings_findings, weights_of
 from cedm_ray.stages.checkup_storage import is_server, server_finding
 from cedm_ray.stages.checkup_versions import import_finding
-from cedm_ray.stages.progress import Terminal, noise_to
+from cedm_ray.stages.noise import noise_to
+from cedm_ray.stages.terminal import Terminal
 
 USAGE = """python -m cedm_ray.doctor [--json] [FLAGS]: what this machine or cluster lacks for a search with these flags.
 
@@ -63,7 +64,7 @@ def _cluster(config: SearchConfig, pile: Pile | None, terminal: Terminal) -> lis
     # Ray takes seconds to import.
     from cedm_ray.stages.checkup_nodes import cluster_findings
 
-    with tempfile.TemporaryDirectory() as folder, noise_to(Path(folder) / "ray.log", terminal):
+    with tempfile.TemporaryDirectory() as folder, noise_to(Path(folder) / "ray.log", terminal.console):
         return cluster_findings(config, 0 if pile is None else checkpoint_bytes(config.diffusion, pile))
 
 

@@ -1,11 +1,20 @@
 """The errors that are meant for the person who started the program."""
 
 
+def printable(text: str) -> str:
+    """A text from a stranger, such as a file's name, without what would break a line or steer a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class UserError(ValueError):
     """A mistake that the user can put right: one line with the value, the bound and the way out.
 
-    The command line prints the message alone, without a traceback, and ends with exit status 2.
+    The command line prints the message alone, without a traceback, and ends with exit status 2. It may hold names
+    and values that strangers have chosen; what is not printable in them is escaped.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def require(ok: bool, name: str, value: object, bound: str) -> None:

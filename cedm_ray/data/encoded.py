@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cedm_ray.data.classes import ClassLabels
-from cedm_ray.data.images import BadImageError, Outcome, all_sound, decode, open_header, printable, read_encoded
+from cedm_ray.data.images import BadImageError, Outcome, all_sound, decode, open_header, read_encoded
 from cedm_ray.data.sources import check_range
 
 _CHECK_BLOCK = 4096  # headers that wait for a thread at once
@@ -109,12 +109,12 @@ class EncodedSource(ABC):
             return error
 
     def _check_header(self, name: str) -> None:
-        where = printable(self._where(name))
+        where = self._where(name)
         with self._open(name) as file, open_header(file, where, self.resolution) as image:
             self._check(image, where)
 
     def _decode(self, name: str) -> NDArray[np.uint8]:
-        where = printable(self._where(name))
+        where = self._where(name)
         with self._open(name) as file:
             data = read_encoded(file, where)
         with open_header(io.BytesIO(data), where, self.resolution) as image:

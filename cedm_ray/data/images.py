@@ -41,11 +41,6 @@ def all_sound(outcomes: Sequence[Outcome], shape: tuple[int, int, int]) -> NDArr
     return images
 
 
-def printable(name: str) -> str:
-    """A name from a stranger without what would break a line or steer a terminal."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
-
-
 def checked_resolution(resolution: int | None, what: str) -> int:
     """The side of the images in pixels, if it is given and within the bounds.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.sources import ImageSource
-from cedm_ray.stages.checkup_disk import Pile, checkpoint_bytes, disk_finding
+from cedm_ray.stages.checkup_disk import Pile, checkpoint_bytes, disk_finding, still_needed
 from cedm_ray.stages.checkup_finding import Finding, refuse_failures
 from cedm_ray.stages.checkup_machine import machine_findings
 from cedm_ray.stages.checkup_ports import token_finding
@@ -32,7 +32,7 @@ def quick_findings(config: SearchConfig, source: ImageSource | None = None) -> l
         *version_findings(asked()),
         *machine_findings(0 if pile is None else checkpoint_bytes(config.diffusion, pile)),
         token_finding(os.environ, Path.home()),
-        storage_finding(storage),
+        storage_finding(storage) if pile is None else storage_finding(storage, still_needed(config, pile, storage)),
     ]
     if pile is not None:
         found.append(disk_finding(config, pile, storage))

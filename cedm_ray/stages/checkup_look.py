@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cedm_ray.errors import UserError
+from cedm_ray.stages.bucket import address, place, read_object, remove_object, write_object
 from cedm_ray.stages.checkup_finding import Finding
 from cedm_ray.stages.checkup_machine import machine_findings
 from cedm_ray.stages.checkup_ports import jobs_finding, listeners, port_finding
@@ -39,10 +41,14 @@ def look(needs: Needs, file: Path, elsewhere: bool) -> list[Finding]:
     """
     found = [*version_findings(asked()), *machine_findings(needs.checkpoint)] if elsewhere else []
     try:
-        write_probe(file)
+        if place(file) is None:
+            write_probe(file)
+        write_object(file, b"seen")
     except OSError as error:
         text = f"{file.parent.parent} cannot be written ({error.strerror})"
         found.append(Finding("shared storage", "fail", text, "mount the same folder on every node, writable"))
+    except UserError as error:
+        found.append(Finding.refused("shared storage", error))
     missing = [f"{flag} {path}" for flag, path in needs.files if not os.access(path, os.R_OK)]
     if missing:
         text, fix = f"{missing[0]} cannot be read here", "put weight files where every node can read them"
@@ -58,7 +64,9 @@ def shared_finding(file: Path) -> Finding:
     Args:
         file: What the node wrote.
     """
-    if file.is_file():
-        return Finding("shared storage", "ok", f"what is written to {file.parent.parent} is seen by the driver")
-    text = f"what is written to {file.parent.parent} is not seen by the driver: it is another folder there"
+    storage = address(file.parent.parent)
+    if file.is_file() or read_object(file) is not None:
+        remove_object(file)
+        return Finding("shared storage", "ok", f"what is written to {storage} is seen by the driver")
+    text = f"what is written to {storage} is not seen by the driver: it is another folder there"
     return Finding("shared storage", "fail", text, "give a --storage-path that all nodes share")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ from cedm_ray.stages.checkup_finding import Finding, merged
 from cedm_ray.stages.checkup_gpus import gpu_findings
 from cedm_ray.stages.checkup_look import Needs, look, shared_finding
 from cedm_ray.stages.checkup_storage import scratch_folder
-from cedm_ray.stages.checkup_web import TIMEOUT_S
 from cedm_ray.stages.cluster import connected, shares
 from cedm_ray.stages.features import absolute
 
@@ -42,11 +39,7 @@ def cluster_findings(config: SearchConfig, checkpoint: int) -> list[Finding]:
         checkpoint: Size of a checkpoint, in bytes.
     """
     storage = config.storage_path.expanduser().absolute()
-    address = os.environ.get("RAY_ADDRESS")
-    where = f"the cluster at {address}" if address else "Ray"
-    fix = "start it, see to the address, or unset RAY_ADDRESS" if address else "see /tmp/ray/session_latest/logs"
     try:
-        _knock(address)
         with connected(config.with_values(_LEAST)):
             nodes = [node for node in ray.nodes() if node["Alive"]]
             return [
@@ -54,21 +47,9 @@ def cluster_findings(config: SearchConfig, checkpoint: int) -> list[Finding]:
                 *fit_findings(config.resources, nodes, checkpoint),
             ]
     except UserError as error:
-        return [Finding.refused("one trial", error)]
-    except (OSError, RuntimeError, ValueError) as error:
-        return [Finding("Ray", "fail", f"{where} does not answer ({_first_line(error)})", fix)]
-
-
-def _knock(address: str | None) -> None:
-    """Try the port of a cluster first: Ray itself waits for it for minutes.
-
-    Raises:
-        OSError: If nobody listens there.
-    """
-    given = address or ""
-    parts = urllib.parse.urlsplit(given if "://" in given else f"//{given}")
-    if parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), TIMEOUT_S).close()
+        return [Finding.refused("Ray", error)]
+    except (OSError, RuntimeError, ValueError) as error:  # it is gone in the middle of it
+        return [Finding("Ray", "fail", f"it ended ({_first_line(error)})", "see /tmp/ray/session_latest/logs")]
 
 
 def files_of(config: SearchConfig) -> tuple[tuple[str, Path], ...]:

@@ -34,7 +34,9 @@ class Listener:
     @property
     def outside(self) -> bool:
         """Whether clients on other machines can reach it, as far as no firewall is between."""
-        return not ipaddress.ip_address(self.host).is_loopback
+        address = ipaddress.ip_address(self.host)
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None  # as gRPC listens
+        return not (mapped or address).is_loopback
 
     @property
     def url(self) -> str:

@@ -48,8 +48,9 @@ def asked() -> Asked:
         return Asked(project["requires-python"], tuple(project["dependencies"]))
     facts = metadata.distribution(PACKAGE)
     plain = [line for line in facts.requires or () if "extra ==" not in line]
-    named = facts.metadata  # the backport's, once a library imports that, raises where the standard library's gives None
-    return Asked(named["Requires-Python"] if "Requires-Python" in named else "", tuple(plain))
+    # Once a library imports the backport of importlib.metadata, what is missing raises instead of giving None.
+    (python,) = facts.metadata.get_all("Requires-Python") or ("",)
+    return Asked(python, tuple(plain))
 
 
 def version_findings(wanted: Asked) -> list[Finding]:

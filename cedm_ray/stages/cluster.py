@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from cedm_ray.errors import UserError
 from cedm_ray.settings import ResourceSettings
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.growth import possible_nodes
+from cedm_ray.stages.joining import knock
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class Shares:
     max_trials: int
     max_probes: int
 
+    def trials_on(self, nodes: Iterable[Mapping[str, Any]]) -> int:
+        """How many trainings these nodes hold side by side."""
+        worker = _Room(self.cpus_per_worker, self.gpus_per_worker)
+        return sum(room.holds(worker) for room in _rooms(nodes)) // self.num_workers
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -51,42 +58,98 @@ def connected(config: SearchConfig) -> Iterator[Shares]:
         The shares of the cluster that the stages ask for.
 
     Raises:
-        UserError: If one training or one clustering can never fit into the cluster.
+        UserError: If the cluster does not answer, or if one training or one clustering can never fit into it.
     """
     ours = not ray.is_initialized()
     if ours:
         _start()
     try:
-        nodes = ray.nodes()
-        # On a cluster whose workers come when work waits there may be none yet.
-        yield shares(config.resources, possible_nodes(nodes) if os.environ.get("RAY_ADDRESS") else nodes)
+        yield shares(config.resources, usable_nodes())
     finally:
         if ours:
             ray.shutdown()
 
 
+def usable_nodes() -> list[Mapping[str, Any]]:
+    """The nodes of the cluster, and those that come when work waits: there may be none yet."""
+    nodes: list[Mapping[str, Any]] = ray.nodes()
+    return possible_nodes(nodes) if os.environ.get("RAY_ADDRESS") else nodes
+
+
 def _start() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _join(address)
         return
     # Processes of a trial look the instance up by its address: where a second Ray runs on this host, they would
     # not know which one is theirs, and placement groups of stopped trials would never be freed.
     port = _free_port()
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-    ip = ray.util.get_node_ip_address()
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=True,  # Train learns through it that the controller of a stopped trial is gone
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address=ip,
-            runtime_env={"env_vars": {**RAY_ENVIRONMENT, "RAY_ADDRESS": f"{ip}:{port}"}},
-        )
-    finally:
-        del os.environ["RAY_GCS_SERVER_PORT"]
+    with _on_loopback(), _set(os.environ, "RAY_GCS_SERVER_PORT", str(port)):
+        ip = ray.util.get_node_ip_address()
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=True,  # Train learns through it that the controller of a stopped trial is gone
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address=ip,
+                runtime_env={"env_vars": {**RAY_ENVIRONMENT, "RAY_ADDRESS": f"{ip}:{port}"}},
+            )
+        except Exception as error:
+            fix = "try again when the machine has less to do, or see /tmp/ray/session_latest/logs"
+            raise UserError(f"Ray does not start on this machine ({_line(error)}); {fix}") from error
     _keep_private(Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")))
+
+
+def _join(address: str) -> None:
+    """Join a cluster that runs.
+
+    Raises:
+        UserError: If it does not answer, or does not let this process in; within seconds.
+    """
+    fix = "start it, see to the address, or unset RAY_ADDRESS"
+    try:
+        knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (PermissionError, ray.exceptions.AuthenticationError) as error:
+        fix = "copy the head's ~/.ray/auth_token here, mode 0600, and set RAY_AUTH_MODE=token"
+        raise UserError(f"the cluster at {address} lets nobody in without its token ({_line(error)}); {fix}") from error
+    except Exception as error:  # Ray has no class of its own for most of what can go wrong
+        raise UserError(f"the cluster at {address} does not answer ({_line(error)}); {fix}") from error
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return said[0][:200].replace("; ", ", ") if said else type(error).__name__
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What is started inside listens on 127.0.0.1 alone, for no other machine has to do with it.
+
+    Ray has a switch for that, which it sets itself on macOS and Windows, whose firewalls ask the user about every
+    port; elsewhere it takes 127.0.0.1 for the address that other machines see, also where it is asked for.
+    """
+    constants: Any = importlib.import_module("ray._private.ray_constants")  # has read the switch when Ray was imported
+    with _set(os.environ, constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
+        before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+        try:
+            yield
+        finally:
+            constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _set(environment: MutableMapping[str, str], name: str, value: str) -> Iterator[None]:
+    """A variable of the environment for the length of the block; processes that are started in it keep it."""
+    before = environment.get(name)
+    environment[name] = value
+    try:
+        yield
+    finally:
+        environment.pop(name)
+        if before is not None:
+            environment[name] = before
 
 
 def _keep_private(token: Path) -> None:
@@ -107,9 +170,7 @@ def shares(settings: ResourceSettings, nodes: Iterable[Mapping[str, Any]]) -> Sh
     Raises:
         UserError: If a worker or a clustering fits on no node, or the nodes do not hold all workers of one training.
     """
-    has = [
-        _Room(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes if node["Alive"]
-    ]
+    has = _rooms(nodes)
     total = _Room(sum(node.cpus for node in has), sum(node.gpus for node in has))
     gpus_per_worker = settings.gpus_per_worker
     if gpus_per_worker is None:
@@ -153,6 +214,12 @@ class _Room:
             return min(found, int(self.gpus) // math.ceil(asked.gpus))
         # A share is of one GPU: what is left over of two GPUs makes none together.
         return min(found, int(self.gpus) * (_units(1) // max(1, _units(asked.gpus))))
+
+
+def _rooms(nodes: Iterable[Mapping[str, Any]]) -> list[_Room]:
+    """What each node that is alive has in all."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return [_Room(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
 
 
 def _units(resource: float) -> int:

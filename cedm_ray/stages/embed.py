@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from cedm_ray.features.neighbors import search_neighbors
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.settings import EmbedSettings
 from cedm_ray.stages.board import Board
+from cedm_ray.stages.bucket import address, fetch_files, forget_files
+from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.features import absolute
 from cedm_ray.stages.read_images import read_images
@@ -55,7 +59,7 @@ class Embeddings:
 
 
 def _mapped(file: Path) -> np.ndarray:
-    found: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    found: np.ndarray = np.load(here(file), mmap_mode="r", allow_pickle=False)
     return found
 
 
@@ -142,7 +146,9 @@ def _stream(ctx: Context, spec: BackboneSpec, out: Path) -> None:
         },
     )
     try:
-        stream.write_parquet(str(out), compression="zstd", row_group_size=ROWS)
+        stream.write_parquet(address(out), compression="zstd", row_group_size=ROWS)
+        fetch_files(out)
+        forget_files(out)
     finally:
         ctx.board.remove("embed")
 
@@ -173,12 +179,27 @@ def gather(folder: Path, out: Path, num_images: int) -> None:
             rows = _rows(batch["embedding"])
             if values is None:
                 values = open_memmap(out, mode="w+", dtype=np.float32, shape=(num_images, rows.shape[1]))
+                _take_room(out)
             if seen[index].any() or len(np.unique(index)) != len(index):
                 raise RuntimeError(f"embeddings in {folder} hold an image twice")
             values[index], seen[index] = rows, True
     if values is None or not seen.all():
         raise RuntimeError(f"embeddings in {folder} are not whole: {int(seen.sum())} of {num_images} images")
     values.flush()
+
+
+def _take_room(file: Path) -> None:
+    """Give a file that is mapped into memory its place on the disk: a write without it kills the process.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with open(file, "r+b") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot be asked
+                raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _rows(column: pa.Array) -> NDArray[np.float32]:

@@ -22,13 +22,14 @@ from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
 from cedm_ray.clustering.types import Clustering
 from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
-from cedm_ray.data.pack import PackedImages, load_packed
+from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
 from cedm_ray.features.backbones import BackboneSpec, check_backbone
 from cedm_ray.features.neighbors import faiss_device
 from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
 from cedm_ray.report.mosaic import cluster_mosaic
 from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
+from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
 from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE
@@ -108,7 +109,7 @@ def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -
         )
     else:
         clustering, heads, head = _temi(job, embeddings, board)
-    packed = load_packed(job.images)
+    packed = load_packed(here(job.images / IMAGES).parent)
     seconds = time.monotonic() - started_s
     return keep(clustering, job.path, job.inputs, store, packed, head, head_utilization=heads, seconds=seconds)
 

@@ -25,14 +25,18 @@ def owned(folder: Path) -> Iterator[None]:
         folder: The run folder, which exists; on a shared file system that passes on ``flock`` (NFS 4 does).
 
     Raises:
-        UserError: If another process holds it, with its host and process id.
+        UserError: If another process holds it, with its host and process id, or if the file system has no locks.
     """
     # Not emptied on opening: what the owner has written there stays readable.
     with open(folder / LOCK_FILE, "a+", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder} belongs to {_owner(folder)}; wait for it or end it first") from None
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror}); give a --storage-path on a file system with flock"
+            ) from error
         handle.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
         handle.write(json.dumps(owner))
@@ -45,6 +49,6 @@ def owned(folder: Path) -> Iterator[None]:
 
 def _owner(folder: Path) -> str:
     owner = read_json(folder / LOCK_FILE)
-    if not isinstance(owner, dict):
+    if not isinstance(owner, dict) or not {"pid", "host", "since"} <= owner.keys():
         return "another search that runs"
     return f"the search of process {owner['pid']} on {owner['host']}, which runs since {owner['since']}"

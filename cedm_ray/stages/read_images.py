@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cedm_ray.stages.bucket_entries import here
+
 
 def read_images(batch: dict[str, np.ndarray], file: Path, column: str) -> dict[str, np.ndarray]:
     """The images at the indices of a batch, from a file that is mapped and not read whole.
@@ -17,4 +19,4 @@ def read_images(batch: dict[str, np.ndarray], file: Path, column: str) -> dict[s
         The columns ``index`` and ``image``.
     """
     index = batch[column]
-    return {"index": index, "image": np.load(file, mmap_mode="r", allow_pickle=False)[index]}
+    return {"index": index, "image": np.load(here(file), mmap_mode="r", allow_pickle=False)[index]}

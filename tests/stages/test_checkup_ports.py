@@ -48,6 +48,15 @@ def test_listening_ports_are_found_with_their_program(mlflow: tuple[int, int]) -
 
 
 @pytest.mark.parametrize(
+    ("host", "outside"),
+    [("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("::ffff:127.0.0.1", False),
+     ("::ffff:10.0.0.2", True), ("0.0.0.0", True), ("::", True), ("192.168.0.2", True)],
+)  # fmt: skip
+def test_loopback_has_several_spellings(host: str, outside: bool) -> None:
+    assert Listener("raylet", host, 1).outside == outside
+
+
+@pytest.mark.parametrize(
     ("command", "program"),
     [
         (["/v/ray/core/src/ray/gcs/gcs_server", "--log_dir=/tmp/ray"], "GCS"),

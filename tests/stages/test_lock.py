@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import socket
@@ -46,4 +47,25 @@ def test_a_killed_driver_leaves_the_folder_free(tmp_path: Path) -> None:
     with owned(tmp_path):
         assert f'"pid": {os.getpid()}' in (tmp_path / "driver.lock").read_text()
     with owned(tmp_path):  # and so does one that has ended
+        pass
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"pid": 1}', "[" * 100_000, "\x1b"])
+def test_a_lock_file_that_says_nothing_still_locks(tmp_path: Path, content: str) -> None:
+    holder = hold(tmp_path)
+    try:
+        (tmp_path / "driver.lock").write_text(content)
+        with pytest.raises(UserError, match="belongs to another search that runs"), owned(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be locked \(No locks available\)"), owned(tmp_path):
         pass
