@@ -55,7 +55,7 @@ def open_filesystem(uri: str, *, timeout_s: float = _TIMEOUT_S) -> tuple[fs.File
     if parts.scheme == "gs" and "retry_limit_seconds" not in parts.query:
         query = f"{parts.query}&retry_limit_seconds={_RETRY_GS_S}".lstrip("&")
         uri = urllib.parse.urlunsplit(parts._replace(query=query))
-    _knock(uri, shown, timeout_s)
+    knock(uri, shown, timeout_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
         info = filesystem.get_file_info(path)
@@ -80,10 +80,10 @@ def local_path(uri: str) -> Path | None:
     return Path(urllib.parse.unquote(parts.path))
 
 
-def unreachable(where: str, error: Exception | str) -> UserError:
+def unreachable(where: str, error: Exception | str, doing: str = "read") -> UserError:
     """The one line for whatever a store or its client says."""
     said = " ".join(str(error).split())
-    return UserError(f"{where} cannot be read ({said:.300}); look at the network, the credentials and the region")
+    return UserError(f"{where} cannot be {doing} ({said:.300}); look at the network, the credentials and the region")
 
 
 def _split(uri: str) -> urllib.parse.SplitResult:
@@ -93,10 +93,13 @@ def _split(uri: str) -> urllib.parse.SplitResult:
         raise UserError(f"the dataset is no valid URI ({error}); write scheme://bucket/path") from error
 
 
-def _knock(uri: str, shown: str, timeout_s: float) -> None:
+def knock(uri: str, shown: str, timeout_s: float = _TIMEOUT_S) -> None:
     """Ask for the path in a process of its own, which can be ended.
 
     Arrow's clients take no timeout in a URI, and one that waits for a silent store keeps its process from ending.
+
+    Raises:
+        UserError: If the store is silent or refuses.
     """
     try:
         child = subprocess.run(

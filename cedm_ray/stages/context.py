@@ -10,8 +10,9 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import PackedImages
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.cluster import Shares
-from cedm_ray.stages.progress import Terminal
+from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.store import Store
+from cedm_ray.stages.terminal import Terminal
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and only the driver needs it
     from cedm_ray.stages.tracking import Tracker
@@ -38,3 +39,8 @@ class Context:
     """What the stages ask for of the cluster."""
     board: Board
     """Where processes tell how far they are."""
+
+    @property
+    def stopping(self) -> Stopping:
+        """Whether the search is asked to end."""
+        return self.terminal.stopping
