@@ -50,11 +50,12 @@ from cedm_ray.stages.cluster import connected
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.ledger import Ledger
+from cedm_ray.stages.noise import noise_to
 from cedm_ray.stages.plan import Planner, TrialJob
-from cedm_ray.stages.progress import Terminal, noise_to
 from cedm_ray.stages.records import read_record
 from cedm_ray.stages.scoring import prepare_scoring
 from cedm_ray.stages.store import Store
+from cedm_ray.stages.terminal import Terminal
 from cedm_ray.stages.tracking import Tracker, database_uri
 from cedm_ray.stages.trials import tune_trials
 
@@ -313,7 +314,7 @@ def main() -> None:
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
-        with noise_to(storage / "log", terminal):
+        with noise_to(storage / "log", terminal.console):
             found = measure(args, storage, terminal)
     for name in ("start_s", "per_resume_s", "per_rung_s", "checkpoint_copy_s", "per_step_s"):
         print(f"{name:>18}: {found[name]}")

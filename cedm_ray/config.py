@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.data.registry import KNOWN_DATASETS
+from cedm_ray.data.storage import COPIES, storage_folder
 from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.errors import UserError
 from cedm_ray.settings import (
@@ -37,6 +38,7 @@ KMEANS_HAS_NO_BOUND = (
     "grouping is kmeans, which fills every cluster whatever C is (r_C = 1), so that no upper bound can be found; "
     "give one with --bound.c-max"
 )
+ALL_FLAGS = "python -m cedm_ray.search --help-all lists every flag"
 Settings = TypeVar("Settings")
 _PACKAGE_DIR = Path(__file__).resolve().parent
 
@@ -108,7 +110,9 @@ class SearchConfig(BaseModel):
     dry_run: bool = False
     """Print the plan and what it will take, and start nothing."""
     storage_path: Path = Path("runs")
-    """Folder for everything that is made; on a cluster, one that all nodes share."""
+    """Folder for everything that is made; on a cluster, one that all nodes share, or s3://bucket/prefix."""
+    storage_copies: Path = COPIES
+    """Folder on each node for copies of what lies in a bucket."""
     tracking_uri: str | None = None
     """MLflow tracking server (when not given: a database in the storage folder)."""
     seed: int = 0
@@ -249,7 +253,9 @@ def read_space_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"search space {path} cannot be read ({reason}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"search space {path} is not plain YAML: it is nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits, or no UTF-8
         raise UserError(f"search space {path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"search space {path} holds no settings; it must be a map such as 'temi: {{num_heads: 50}}'")
@@ -306,7 +312,9 @@ def load(argv: Sequence[str]) -> SearchConfig:
     if dataset is not None:
         tree = {**tree, "dataset": dataset}
     default = _validated(tree, str(path))
-    return _consistent(_with_metric(parse_flags(SearchConfig, argv, prog="python -m cedm_ray.search", default=default)))
+    config = parse_flags(SearchConfig, argv, prog="python -m cedm_ray.search", default=default)
+    folder = storage_folder(config.storage_path, config.storage_copies)
+    return _consistent(_with_metric(config.model_copy(update={"storage_path": folder})))
 
 
 def _with_metric(config: SearchConfig) -> SearchConfig:
@@ -340,10 +348,11 @@ def parse_flags(kind: type[Settings], argv: Sequence[str], *, prog: str, default
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_unboxed(complaint.getvalue())) from stop
+        more = ALL_FLAGS if kind is SearchConfig else "--help lists every flag"
+        raise UserError(_unboxed(complaint.getvalue(), more)) from stop
 
 
-def _unboxed(text: str) -> str:
+def _unboxed(text: str, more: str) -> str:
     """What tyro says in a box of several lines, as one line."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
     said = []
@@ -352,7 +361,7 @@ def _unboxed(text: str) -> str:
             break
         said.append(line)
     message = " ".join(" ".join(said[1:] or said).split())
-    return f"{message.removeprefix('Error parsing ')} (--help lists every flag)"
+    return f"{message.removeprefix('Error parsing ')} ({more})"
 
 
 def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
@@ -363,7 +372,7 @@ def fingerprint_tree(config: SearchConfig) -> dict[str, Any]:
     Of the computation only precisions stay that are asked for: the rest changes rounding alone.
     """
     tree = config.model_dump(mode="json")
-    places = ("storage_path", "tracking_uri", "data_dir", "search_space")
+    places = ("storage_path", "storage_copies", "tracking_uri", "data_dir", "search_space")
     files = ("backbone_weights", "detector_weights", "dinov2_weights", "assignments")
     for name in (*places, *files, "embed", "resources", "dry_run", "metric"):
         tree.pop(name)

@@ -22,9 +22,10 @@ from cedm_ray.metrics.scores import Score
 from cedm_ray.report.tables import scores_table
 from cedm_ray.stages.features import MAX_KEPT, DetectorSpec, FeatureParts, check_detectors, lenet_spec, load_detectors
 from cedm_ray.stages.images import pack_images
-from cedm_ray.stages.progress import Terminal, WorkCounter
+from cedm_ray.stages.progress import WorkCounter
 from cedm_ray.stages.score_rows import score_row
-from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
+from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
+from cedm_ray.stages.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Piles:
     unconditional: Path | None
 
 
+@for_this_user()
 def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> list[Score]:
     """Score generated images; features that an earlier evaluation or search made are read.
 

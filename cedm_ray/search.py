@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cedm_ray.config import SearchConfig, fingerprint_tree, load
-from cedm_ray.data.pack import load_packed
-from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
-from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError
-from cedm_ray.features.backbones import check_backbone
-from cedm_ray.stages.budget import Plan, Speeds, workload
-from cedm_ray.stages.checkup import quick_findings, refuse_failures
-from cedm_ray.stages.features import check_detectors
-from cedm_ray.stages.images import open_images, pack_images
-from cedm_ray.stages.lock import owned
-from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal, shown
-from cedm_ray.stages.preflight import check_inputs
-from cedm_ray.stages.progress import Terminal, noise_to
-from cedm_ray.stages.result import SearchResult, print_pairs, read_result, show
-from cedm_ray.stages.store import Store, key_of, prepare_storage, write_json
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.stages.progress import ErrorFacts, ResultFacts, RunsFacts, StoppedFacts
+from cedm_ray.stages.screens import ScreenConsole, json_line
+from cedm_ray.stages.stopping import INTERRUPTED, Signals, Stopped
+from cedm_ray.stages.terminal import Mode, Terminal
+from cedm_ray.usage import short_help
 
-if TYPE_CHECKING:
-    from cedm_ray.stages.tracking import Tracker
+if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import, which help and a list of runs do not need
+    from cedm_ray.config import SearchConfig
+    from cedm_ray.stages.result import SearchResult
+
+VIEWS: dict[str, Mode] = {"--plain": "plain", "--json": "json"}
+"""Flags that change what is shown and nothing else; they are no settings."""
 
 
 def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
@@ -44,169 +42,128 @@ def run(config: SearchConfig, terminal: Terminal | None = None) -> SearchResult:
     Raises:
         UserError: If the settings cannot work; nothing was computed then.
     """
-    terminal = terminal or Terminal()
-    source = open_images(config)
-    weights_hash = check_backbone(config.backbone, config.backbone_weights)
-    detector_hashes = check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)
-    storage = prepare_storage(config.storage_path)
-    inputs = {"settings": fingerprint_tree(config), "images": source.fingerprint, "weights": weights_hash}
-    key = key_of({**inputs, "detectors": detector_hashes, "files": file_hashes(config)})
-    folder = storage / f"{source.name}-{key[:8]}"
-    done = read_result(folder)
-    if done is not None:
-        terminal.line(f"{folder} is complete: all is done")
-        if read_journal(folder / OUTBOX_FILE).waiting():  # the tracking server was down when the search ended
-            _tracker(config, source.name, folder, terminal).close()
-        return done
-    check_inputs(config, source)
-    _look(config, source, terminal)
-    plan_of(config, storage, source.resolution, has_labels=source.num_classes is not None).check()
-    folder.mkdir(exist_ok=True)
-    with owned(folder), noise_to(folder / "search.log", terminal):
-        write_json(folder / "config.json", settings_of(config))
-        return _search(config, key, source, weights_hash, detector_hashes, folder, terminal)
+    from cedm_ray.stages import driver
 
-
-def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None:
-    """What this machine lacks, as far as that shows in no time; python -m cedm_ray.doctor looks at the rest.
-
-    Raises:
-        UserError: If the search would fail.
-    """
-    findings = quick_findings(config, source)
-    refuse_failures(findings)
-    for finding in findings:
-        if finding.level == "warn" or finding.name == "disk":
-            terminal.line(f"  {finding.name}: {finding.text}" + (f"; {finding.fix}" if finding.fix else ""))
-
-
-def dry_run(config: SearchConfig, console: Console) -> None:
-    """Print what a search would train and what that would take; nothing is started, downloaded or written.
-
-    Raises:
-        UserError: If the settings cannot work, or if the budget is too small for a single training.
-    """
-    resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
-    name, note = config.dataset, "the images are not there yet"
-    try:
-        source = open_images(config, download=False)
-    except UserError:
-        if not resolution:
-            raise
-    else:
-        resolution, has_labels = source.resolution, source.num_classes is not None
-        name, note = source.name, f"{len(source):,} images"
-    plan = plan_of(config, config.storage_path.expanduser().absolute(), resolution, has_labels=has_labels)
-    plan.check()
-    console.print(f"plan for {name}, {note} (nothing is started)")
-    print_pairs(plan.lines(), console)
-
-
-def settings_of(config: SearchConfig) -> dict[str, Any]:
-    """The settings as they are kept and logged: as plain JSON values, and without a name and a password in a URI."""
-    tree = config.model_dump(mode="json")
-    return {**tree, "tracking_uri": tree["tracking_uri"] and shown(tree["tracking_uri"])}
-
-
-def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels: bool) -> Plan:
-    """What a search of such images is going to train, as far as that is known before the cluster is."""
-    work = workload(config, has_labels=has_labels)
-    known = Speeds(storage, config, resolution).known(gpus=config.resources.gpus_per_worker != 0)
-    return Plan(config, work, known, config.granularity.max_concurrent)
-
-
-def file_hashes(config: SearchConfig) -> dict[str, str]:
-    """What the files hold that decide the result beside the weights of backbone and detectors."""
-    files = {
-        "assignments": config.assignments,
-        "clip.weights": config.clip.weights,
-        "clip.class_names": config.clip.class_names,
-    }
-    missing = [f"{name} {file}" for name, file in files.items() if file and not file.expanduser().is_file()]
-    if missing:
-        raise UserError(f"{missing[0]} does not exist; give the path of a file")
-    return {name: file_sha256(file.expanduser()) for name, file in files.items() if file}
-
-
-def _search(
-    config: SearchConfig,
-    key: str,
-    source: ImageSource,
-    weights_hash: str,
-    detector_hashes: dict[str, str],
-    folder: Path,
-    terminal: Terminal,
-) -> SearchResult:
-    """Open what a search needs (packed images, MLflow, Ray), and close its run in MLflow whatever happens."""
-    # Ray and MLflow take seconds to import, which a search that is done does not need.
-    from cedm_ray.stages.board import Board
-    from cedm_ray.stages.cluster import connected
-    from cedm_ray.stages.context import Context
-    from cedm_ray.stages.pipeline import find_visual_groups
-    from cedm_ray.stages.tracking import flat
-
-    storage = folder.parent
-    store = Store(storage / "store")
-    terminal.line(f"search {folder.name}, everything is kept under {storage}")
-    images = pack_images(source, store, terminal, config.on_bad_image)
-    packed = load_packed(images)
-    tracker = _tracker(config, source.name, folder, terminal)
-    tags = {"stage": "search", "dataset": source.name, "state": "running", "skipped_images": packed.facts.skipped}
-    run_id = tracker.start(key, folder.name, flat(settings_of(config)), tags)
-    state = "interrupted"
-    try:
-        terminal.line("starting Ray")
-        with connected(config) as shares:
-            ctx = Context(
-                config=config,
-                folder=folder,
-                store=store,
-                images=images,
-                packed=packed,
-                weights_hash=weights_hash,
-                detector_hashes=detector_hashes,
-                terminal=terminal,
-                tracker=tracker,
-                shares=shares,
-                board=Board(),
-            )
-            result = find_visual_groups(ctx)
-        state = "complete"
-        return result
-    except Exception:
-        state = "failed"
-        raise
-    finally:
-        tracker.end(run_id, state)
-        tracker.close()
-
-
-def _tracker(config: SearchConfig, name: str, folder: Path, terminal: Terminal) -> Tracker:
-    """MLflow, whose journal lies in the run folder."""
-    from cedm_ray.stages.tracking import Tracker, database_uri
-
-    uri = config.tracking_uri or database_uri(folder.parent)
-    artifacts = None if config.tracking_uri else folder.parent / "mlflow-artifacts"
-    return Tracker(uri, f"cedm_ray/{name}", artifacts, folder, terminal.line)
+    return driver.run(config, terminal)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for a mistake of the user, 130 after Ctrl-C)."""
+    flags = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in flags or "--help" in flags:
+        print(short_help(), end="")
+        return 0
+    mode = next((VIEWS[flag] for flag in flags if flag in VIEWS), None)
+    settings = ["--help" if flag == "--help-all" else flag for flag in flags if flag not in VIEWS]
+    if "--list-runs" in settings:
+        return _list_runs(settings, mode)
+    from cedm_ray.stages.outbox import shown
+
+    resume = shown(shlex.join(["python", "-m", "cedm_ray.search", *flags]))
+    with _console(mode) as console:
+        return _answer(settings, Terminal(console, mode), resume)
+
+
+def _answer(settings: Sequence[str], terminal: Terminal, resume: str) -> int:
+    """Search, and say how it has ended."""
     try:
-        config = load(sys.argv[1:] if argv is None else argv)
-        if config.dry_run:
-            dry_run(config, Console(highlight=False))
-            return 0
-        result = run(config)
+        return _search(settings, terminal, resume)
     except UserError as error:
         # An error that comes out of a Ray task carries the task's traceback; its cause is the line for the user.
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is stored", file=sys.stderr)
-        return 130
-    show(result, Console(highlight=False))
+        return _failed(terminal, str(getattr(error, "cause", error)), 2)
+    except KeyboardInterrupt as end:
+        how = "stopped after the current checkpoints" if isinstance(end, Stopped) else "stopped"
+        _say(terminal, f"{how}; go on with: {resume}", StoppedFacts(resume))
+        return INTERRUPTED
+    except Exception as error:
+        if terminal.mode == "json":
+            _failed(terminal, f"{type(error).__name__}: {error}", 1)
+        raise
+
+
+def _search(settings: Sequence[str], terminal: Terminal, resume: str) -> int:
+    from cedm_ray.config import load
+    from cedm_ray.stages import driver
+    from cedm_ray.stages.result import show
+
+    config = load(settings)
+    if config.dry_run:
+        driver.dry_run(config, terminal)
+        return 0
+    last_words = f"stopped; go on with: {resume}"
+    signals = Signals(terminal.stopping, lambda: terminal.leave(last_words, StoppedFacts(resume)))
+    result = driver.run(config, terminal, signals)
+    if terminal.mode == "json":
+        terminal.tell(result.sentence(), _facts(result))
+    else:
+        show(result, Console(highlight=False))
     return 0
+
+
+def _facts(result: SearchResult) -> ResultFacts:
+    return ResultFacts(
+        name=result.name,
+        folder=result.folder,
+        best=result.best,
+        metric=result.metric,
+        score=result.final.mean,
+        score_std=result.final.std,
+        kimg=result.final.kimg,
+        c_max=result.c_max,
+        tie_set=result.tie_set.clusters,
+        model=result.final.export,
+    )
+
+
+def _list_runs(flags: Sequence[str], mode: Mode | None) -> int:
+    """Print the runs in the storage folder, or in this machine's copy of a bucket; of the other flags only
+    ``--storage-path`` counts."""
+    from cedm_ray.data.storage import COPIES, storage_folder
+    from cedm_ray.stages.run_list import list_runs, runs_table
+
+    given = [flag.removeprefix("--storage-path=") for flag in flags if flag.startswith("--storage-path=")]
+    given += [value for flag, value in pairwise(flags) if flag == "--storage-path"]
+    storage = storage_folder(Path(given[-1] if given else "runs"), COPIES).expanduser()
+    rows = list_runs(storage)
+    if mode == "json":
+        print(json_line(f"{len(rows)} runs in {storage}", RunsFacts(tuple(asdict(row) for row in rows))), end="")
+    elif rows:
+        width = None if sys.stdout.isatty() else 200
+        Console(highlight=False, width=width).print(runs_table(rows))
+    else:
+        print(f"no runs in {storage}; --storage-path names the folder of others")
+    return 0
+
+
+@contextmanager
+def _console(mode: Mode | None) -> Iterator[Console]:
+    """For JSON a standard output of its own: what libraries print there goes to standard error instead."""
+    if mode != "json":
+        yield ScreenConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as own:
+        os.dup2(2, 1)
+        try:
+            yield Console(file=own)
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _failed(terminal: Terminal, message: str, status: int) -> int:
+    _say(terminal, f"error: {message}", ErrorFacts(status))
+    return status
+
+
+def _say(terminal: Terminal, text: str, facts: ErrorFacts | StoppedFacts) -> None:
+    """A last line: on standard error for people, among the others for programs."""
+    if terminal.mode == "json":
+        terminal.tell(text.removeprefix("error: "), facts)
+    else:
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Meter:
     def __init__(self, device: torch.device, num_workers: int = 1, gpu_share: float = 1.0) -> None:
         self._device, self._num_workers = device, num_workers
         self._share = gpu_share if device.type == "cuda" else 1.0
-        self._gpu = _gpu(device)
+        self._gpu = nvml_gpu(device)
         self.start()
 
     def start(self) -> None:
@@ -70,7 +70,7 @@ class Meter:
             return None
 
 
-def _gpu(device: torch.device) -> Any | None:
+def nvml_gpu(device: torch.device) -> Any | None:
     """NVML's handle of a GPU, or None where there is no answer."""
     if device.type != "cuda":
         return None

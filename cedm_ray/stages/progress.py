@@ -1,22 +1,14 @@
-"""What the terminal shows while a search runs."""
+"""What is told while a search runs: how far pieces of work are, and facts that a program or a table can use."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
-
-from rich.console import Console
-from rich.text import Text
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 TICK_S = 1.0
-PLAIN_EVERY_S = 10.0
+"""So often a process tells how far it is, and so often that is shown."""
 
 
 @dataclass(frozen=True)
@@ -29,45 +21,24 @@ class Work:
     unit: str
     started_s: float
     started_done: float = 0.0
+    gpu: str = ""
+    """How busy its GPU is, where it has one."""
+
+    @property
+    def amount(self) -> str:
+        """For example ``96/200 kimg``."""
+        return f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
+
+    def left_s(self, now_s: float) -> float | None:
+        """About how many seconds the rest takes; None where nothing was done yet, or nothing is left."""
+        made, spent = self.done - self.started_done, now_s - self.started_s
+        return (self.total - self.done) * spent / made if made > 0 and self.done < self.total else None
 
     def text(self, now_s: float) -> str:
         """For example ``C=17 96/200 kimg, 12 s left``."""
-        said = f"{self.label} {self.done:,.0f}/{self.total:,.0f} {self.unit}".strip()
-        made, spent = self.done - self.started_done, now_s - self.started_s
-        if made > 0 and self.done < self.total:
-            said += f", {duration((self.total - self.done) * spent / made)} left"
-        return said
-
-
-@contextmanager
-def noise_to(log: Path, terminal: Terminal) -> Iterator[None]:
-    """Send to a file what libraries and their processes print, while the terminal goes on showing our own lines.
-
-    Done on file descriptors, because Ray's C++ core prints past Python's ``sys.stderr``.
-
-    Args:
-        log: File to add to.
-        terminal: Keeps writing to where standard output went before, if that is where it writes.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    ours = terminal.console.file is sys.stdout
-    with open(log, "ab") as sink, os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as screen:
-        if ours:
-            terminal.console.file = screen
-        try:
-            os.dup2(sink.fileno(), 1)
-            os.dup2(sink.fileno(), 2)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for old, number in zip(kept, (1, 2), strict=True):
-                os.dup2(old, number)
-                os.close(old)
-            if ours:
-                terminal.console.file = sys.stdout
+        left_s = self.left_s(now_s)
+        said = f"{self.label} {self.amount}".strip()
+        return said if left_s is None else f"{said}, {duration(left_s)} left"
 
 
 def duration(seconds: float) -> str:
@@ -101,53 +72,126 @@ class WorkList(Protocol):
     def works(self) -> list[Work]: ...
 
 
-class Terminal:
-    """Lines of a search on the terminal: a moving status line where there is one, plain lines elsewhere."""
+@dataclass(frozen=True)
+class Facts:
+    """What a line says, for programs; the fields are those of the JSON object, beside ``event``, ``time``, ``text``."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.started_s = time.monotonic()
+    event: ClassVar[str] = "line"
 
-    def line(self, text: str, style: str = "") -> None:
-        """One line that stays, with the time since the start."""
-        self.console.print(Text.assemble((f"{self._clock()} ", "dim"), (text, style)))
 
-    def _clock(self) -> str:
-        spent = int(time.monotonic() - self.started_s)
-        return f"{spent // 60:3d}:{spent % 60:02d}"
+@dataclass(frozen=True)
+class TrialFacts(Facts):
+    """A training as it stands."""
 
-    @contextmanager
-    def stage(self, name: str, board: WorkList | None = None, outlook: Callable[[], str] = str) -> Iterator[None]:
-        """Announce a stage and keep showing how far it is until the block ends.
+    event: ClassVar[str] = "trial"
+    label: str
+    grouping: str
+    num_clusters: int
+    state: str
+    """``running``, ``paused``, ``stopped``, ``complete``, ``failed``, or ``interrupted`` when the search is ended."""
+    kimg: int
+    """The last rung that it has reached."""
+    metric: str
+    """The score that decides."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """All scores at that rung; empty before the first one."""
 
-        Args:
-            name: What is being done.
-            board: The board that the stage's processes write to (:mod:`cedm_ray.stages.board`).
-            outlook: Gives what is known of the whole stage: what is done, what is left.
-        """
-        self.line(name, style="bold")
-        stop = threading.Event()
-        status = self.console.status("") if self.console.is_terminal else None
+    @property
+    def score(self) -> float | None:
+        return self.scores.get(self.metric)
 
-        def show() -> None:
-            last_s = time.monotonic()
-            while not stop.wait(TICK_S):
-                works = board.works() if board is not None else []
-                text = "; ".join(part for part in (outlook(), *(w.text(time.time()) for w in works)) if part)
-                if status is not None:
-                    status.update(Text(f"{self._clock()} {name}: {text}" if text else f"{self._clock()} {name}"))
-                elif text and time.monotonic() - last_s >= PLAIN_EVERY_S:
-                    last_s = time.monotonic()
-                    self.line(f"  {text}")
 
-        watcher = threading.Thread(target=show, daemon=True, name="progress")
-        if status is not None:
-            status.start()
-        watcher.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            watcher.join(timeout=5)
-            if status is not None:
-                status.stop()
+@dataclass(frozen=True)
+class ProbeFacts(Facts):
+    """A clustering that was trained for its r_C."""
+
+    event: ClassVar[str] = "probe"
+    stage: str
+    """``upper_bound`` or ``lower_bound``."""
+    num_clusters: int
+    num_used: int
+    utilization_ratio: float
+    mean_utilization_ratio: float
+    """Over the heads."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class DecisionFacts(Facts):
+    """What the trials say: the best C, and those that noise cannot tell from it."""
+
+    event: ClassVar[str] = "decision"
+    best: int
+    tie_set: tuple[int, ...]
+    smallest: int
+
+
+@dataclass(frozen=True)
+class StageFacts(Facts):
+    """A stage begins."""
+
+    event: ClassVar[str] = "stage"
+    stage: str
+
+
+@dataclass(frozen=True)
+class ProgressFacts(Facts):
+    """How far a stage is, told every so often."""
+
+    event: ClassVar[str] = "progress"
+    stage: str
+    works: tuple[Mapping[str, Any], ...]
+    """``label``, ``done``, ``total``, ``unit``, ``left_s`` and ``gpu`` of each piece of work."""
+
+
+@dataclass(frozen=True)
+class ResultFacts(Facts):
+    """The search is done; ``result.json`` in its folder has the rest."""
+
+    event: ClassVar[str] = "result"
+    name: str
+    folder: str
+    best: int
+    metric: str
+    score: float
+    """Of the final model."""
+    score_std: float
+    kimg: int
+    c_max: int | None
+    tie_set: tuple[int, ...]
+    model: str
+    """Folder of the exported model."""
+
+
+@dataclass(frozen=True)
+class ErrorFacts(Facts):
+    """The search ends because of a mistake (``status`` 2) or a failure (1)."""
+
+    event: ClassVar[str] = "error"
+    status: int
+
+
+@dataclass(frozen=True)
+class StoppedFacts(Facts):
+    """The search was ended by a signal."""
+
+    event: ClassVar[str] = "stopped"
+    resume: str
+    """The command that goes on with it."""
+
+
+@dataclass(frozen=True)
+class PlanFacts(Facts):
+    """What a search would train and take (``--dry-run``)."""
+
+    event: ClassVar[str] = "plan"
+    plan: tuple[tuple[str, str], ...]
+    """Pairs of a name and a text; a line that goes on has no name."""
+
+
+@dataclass(frozen=True)
+class RunsFacts(Facts):
+    """The runs of a storage folder (``--list-runs``)."""
+
+    event: ClassVar[str] = "runs"
+    runs: tuple[Mapping[str, Any], ...]

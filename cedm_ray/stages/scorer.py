@@ -20,6 +20,7 @@ from cedm_ray.metrics.detectors import features_and_logits
 from cedm_ray.metrics.frechet import FeatureSums
 from cedm_ray.metrics.stats import FeatureStats
 from cedm_ray.stages.board import Beat, Board
+from cedm_ray.stages.bucket import keep_file
 from cedm_ray.stages.plan import TrialJob
 
 NUM_SAMPLES = 64
@@ -148,6 +149,7 @@ class Scorer:
             partial = folder / f".{name}-{self.rank}.partial.npy"
             np.save(partial, torch.cat(blocks).numpy(), allow_pickle=False)
             partial.replace(folder / f"{name}-{self.rank}.npy")
+            keep_file(folder / f"{name}-{self.rank}.npy")
 
     def _distance(self, metric: str, sums: FeatureSums) -> float:
         """Distance to the real images of the sums over all processes, which alone travel."""
