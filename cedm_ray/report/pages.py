@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,8 +22,9 @@ from cedm_ray.report.run import Run
 from cedm_ray.report.samples import confidence_picture, read_confidence, read_samples, samples_picture
 from cedm_ray.report.tables import to_csv
 from cedm_ray.report.trial import Rung, Trial
+from cedm_ray.weights.listing import Listing
 
-SAMPLES_FILE = "samples.npy"
+SAMPLES_FILE, MANIFEST_FILE = "samples.npy", "manifest.json"
 Page = Figure | Image.Image | str | Path
 """What is written: a figure, a picture, a text, or a file that is copied."""
 
@@ -152,6 +154,7 @@ def _samples_by_clusters(run: Run) -> Image.Image:
             rung, file = found
             score = rung.score(run.metric)
             with _reading(file):
+                _check_listed(file)
                 samples.append(read_samples(file))
             labels.append(f"{trial.label}\n{rung.kimg:,.10g} kimg{'' if score is None else f': {score:.4g}'}")
     if not samples:
@@ -184,6 +187,15 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise LeftOut(f"{file} is damaged: {error}") from error
+
+
+def _check_listed(file: Path) -> None:
+    """Refuse a file that is not what the manifest beside it, if there is one, says that was written."""
+    manifest = file.with_name(MANIFEST_FILE)
+    listing = Listing.read(json.loads(manifest.read_text())) if manifest.is_file() else None
+    fault = listing and listing.fault(file.parent, (file.name,))
+    if fault is not None:
+        raise ValueError(fault)
 
 
 def _mosaic_clusters(run: Run) -> list[int]:

@@ -42,7 +42,7 @@ def _read(file: Path) -> dict[str, Any]:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); make it readable") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(damaged(str(file), "it is no JSON")) from error
     if not isinstance(tree, dict):
         raise UserError(damaged(str(file), "it holds no map"))

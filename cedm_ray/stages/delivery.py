@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.errors import UserError
+from cedm_ray.stages import links
+from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.outbox import Operation, OutageError, RefusedError, shown
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -20,6 +23,8 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 # The outbox tries again by itself, and looks first whether the last try arrived, which MLflow's own retries do not.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# Links to the runs, with whatever name and password the tracking URI holds; our own are without.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from mlflow.entities import Metric, Param, RunTag
@@ -28,6 +33,9 @@ with warnings.catch_warnings():
     from sqlalchemy.exc import OperationalError
 
 KEY_TAG = "cedm_ray.key"
+NOTE_TAG = "mlflow.note.content"
+VIEW_TAG = "mlflow.sharedViewState."
+"""Of an experiment; the rest of the tag's name is what a link calls the view by."""
 MAX_FLOAT = 1.7976931348623157e308  # what MLflow's databases make of infinity
 BUSY = (408, 429)  # HTTP statuses that say "later", as those from 500 on do
 FIRST_WAIT_S = {"sqlite": 60.0, "other": 10.0}
@@ -54,6 +62,15 @@ class Delivery:
         self._lock = threading.Lock()
         self._client: Any = None
         self._experiment_id = ""
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment, None while it is not known."""
+        return self._experiment_id or None
+
+    def knows(self, run: str) -> bool:
+        """Whether this journal has opened a run."""
+        return run in self._opened
 
     def connect(self) -> None:
         """Reach the store and make the experiment, unless that is done.
@@ -136,6 +153,11 @@ class Delivery:
             return {"run_id": run_id, "found": run in self._foreign}
         if operation.kind == "artifact":
             self._client.log_artifact(run_id, body["path"], body["folder"])
+        elif operation.kind == "note":
+            self._tag(run_id, {NOTE_TAG: self._filled(body["text"])})
+        elif operation.kind == "view":
+            view = self._filled(json.dumps(body["view"], separators=(",", ":")))
+            self._client.set_experiment_tag(self._experiment_id, VIEW_TAG + body["name"], view)
         elif operation.kind in ("tags", "end"):
             self._tag(run_id, body["tags"])
             if operation.kind == "end":
@@ -150,13 +172,11 @@ class Delivery:
             return self.ids[run]
         opened = self._opened[run]
         body = opened.body
-        key = f"{self._run_id(body['parent'])}/{body['key']}" if body["parent"] else body["key"]
-        tags = {"mlflow.parentRunId": self._run_id(body["parent"])} if body["parent"] else {}
-        found = self._client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        if found:
+        key, made = self._find(run)
+        if made is not None:
             self._foreign.add(run)
-            made = found[0]
         else:
+            tags = {"mlflow.parentRunId": self._run_id(body["parent"])} if body["parent"] else {}
             tags = {KEY_TAG: key, **tags, **body["tags"]}
             made = self._client.create_run(self._experiment_id, opened.time_ms, tags, body["name"])
         run_id, there = str(made.info.run_id), made.data.params
@@ -164,6 +184,23 @@ class Delivery:
         self._client.log_batch(run_id, params=params)
         self.ids[run] = run_id
         return run_id
+
+    def _find(self, run: str) -> tuple[str, Any]:
+        """The key of a run in this store, and the run, or None where nobody has made it."""
+        body = self._opened[run].body
+        key = f"{self._run_id(body['parent'])}/{body['key']}" if body["parent"] else body["key"]
+        found = self._client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return key, found[0] if found else None
+
+    def _filled(self, text: str) -> str:
+        return links.filled(text, self._experiment_id, self._known_id)
+
+    def _known_id(self, run: str) -> str | None:
+        """The id of a run, None where this store has none: a link does not make what it leads to."""
+        if run not in self.ids and run in self._opened:
+            _, found = self._find(run)
+            return None if found is None else str(found.info.run_id)
+        return self.ids.get(run)
 
     def _tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
@@ -235,5 +272,8 @@ def _is_away(error: Exception, uri: str) -> bool:
 
 def _reason(error: Exception) -> str:
     """One short line; what went wrong stands at the end of what is said of connections."""
+    fault = find_fault(error)
+    if fault is not None and fault.kind in ("full", "read-only"):  # SQLAlchemy begins with other things
+        return f"its disk is {fault.kind}"
     text = shown(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
     return text if len(text) <= 200 else f"{text[:80]} ... {text[-110:]}"

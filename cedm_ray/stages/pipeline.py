@@ -12,7 +12,7 @@ from cedm_ray.settings import SEARCHED
 from cedm_ray.stages.budget import Account, Speeds, Spent, costs, workload
 from cedm_ray.stages.confidence import make_confidence
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.decide import confirm, decide
+from cedm_ray.stages.decide import Decision, confirm, decide
 from cedm_ray.stages.embed import Embeddings, embed, find_neighbors
 from cedm_ray.stages.final import train_final
 from cedm_ray.stages.granularity import grid, search_granularity, trials_at_once
@@ -20,8 +20,10 @@ from cedm_ray.stages.groupings import MOSAIC_FILE, given_groupings
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.lower_bound import LowerBound, find_lower_bound
 from cedm_ray.stages.plan import Planner
+from cedm_ray.stages.progress import DecisionFacts
 from cedm_ray.stages.result import SearchResult, write_result, write_so_far
 from cedm_ray.stages.scoring import Scoring, prepare_scoring
+from cedm_ray.stages.terminal import Terminal
 from cedm_ray.stages.tracking import ui_command
 from cedm_ray.stages.upper_bound import UpperBound, find_upper_bound
 
@@ -73,16 +75,18 @@ def find_visual_groups(ctx: Context) -> SearchResult:
     decision = decide([record for record in records if "train_seed" not in record.params], config, scoring.metrics)
     if decision is None:
         raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
-    terminal.line(decision.sentence(), style="bold")
+    _tell_decision(terminal, decision)
     if config.confirm and points:
         confirm(ctx, ledger, decision, embeddings, account)
         decision = decide(ledger.records, config, scoring.metrics) or decision
-        terminal.line(decision.sentence(), style="bold")
+        _tell_decision(terminal, decision)
     final = train_final(ctx, ledger, decision, embeddings)
     job = planner.job(decision.best.params, total_kimg=config.final.total_kimg)
     with terminal.stage("ranking samples by confidence", board):
         confidence = make_confidence(ctx, ledger, job, Path(final.export))
     records = ledger.records
+    parent = ctx.tracker.parent_id  # MLflow's id may have become known since the search began
+    base |= {"run_id": ctx.tracker.run_id(parent) or parent, "page": ctx.tracker.page(parent)}
     result = SearchResult(
         **base,
         trials=tuple(records),
@@ -152,6 +156,12 @@ def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:
     accuracy = knn_accuracy(embeddings.neighbors, labels, votes)
     ctx.tracker.metrics(ctx.tracker.parent_id, {f"knn_accuracy_{votes}": accuracy}, kimg=0)
     ctx.terminal.line(f"the embeddings' {votes} nearest neighbours name {accuracy:.1%} of the labels")
+
+
+def _tell_decision(terminal: Terminal, decision: Decision) -> None:
+    ties = decision.ties
+    facts = DecisionFacts(ties.best, tuple(ties.clusters), ties.smallest)
+    terminal.line(decision.sentence(), style="bold", facts=facts)
 
 
 def _upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,12 +16,14 @@ from cedm_ray.granularity.decision import TieSet
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.scores import Score, series_name
 from cedm_ray.report.bound_figure import FittedCurve
+from cedm_ray.report.figures import figures
 from cedm_ray.report.pages import efficiencies
-from cedm_ray.report.read_run import RESULT_FILE, SO_FAR_FILE
+from cedm_ray.report.read_run import RESULT_FILE, SO_FAR_FILE, read_run
 from cedm_ray.report.rows import Row
 from cedm_ray.report.run import Run
-from cedm_ray.report.tables import probes_table, scores_table, to_markdown, trials_table
+from cedm_ray.report.tables import probes_table, scores_table, trials_table
 from cedm_ray.report.write import write_report
+from cedm_ray.stages import story
 from cedm_ray.stages.budget import mimg
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import ProbeRecord
@@ -79,6 +82,8 @@ class SearchResult:
     tracking_uri: str
     ui_command: str
     run_id: str
+    page: str | None = None
+    """Address of the search's page in MLflow, once what :attr:`ui_command` says is done."""
 
     def rows(self, *, probes: bool = True) -> list[Row]:
         """One row per trial, at the budget of the search, and per probe."""
@@ -121,6 +126,10 @@ class SearchResult:
         """The trials as a data frame, one row each."""
         return pd.DataFrame([asdict(row) for row in self.rows(probes=False)])
 
+    def figures(self) -> dict[str, Figure]:
+        """The figures of the search as matplotlib objects, by name: ``score_by_clusters``, ``upper_bound``, ..."""
+        return figures(read_run(Path(self.folder)))
+
     def track(self, tracker: Tracker, files: Sequence[Path]) -> None:
         """Tell MLflow's parent run: the figures of the search, the tables and the pictures."""
         found: dict[str, float] = {"best_num_clusters": self.best, "final_kimg": self.final.kimg}
@@ -147,10 +156,10 @@ class SearchResult:
             tracker.points(self.run_id, {name: probe.ratio}, step=probe.num_clusters)
         for file in files:
             tracker.artifact(self.run_id, file)
+        for file in story.smaller(files, Path(self.folder) / story.SMALL):
+            tracker.artifact(self.run_id, file, story.SMALL)
         for file in sorted(Path(self.final.export).iterdir()):
             tracker.artifact(self.run_id, file, "export")
-        table = to_markdown(self.rows(probes=False), self.metric, self.best, self.grouping)
-        tracker.describe(self.run_id, f"{self.sentence()}\n\n{table}")
 
     def best_score(self) -> tuple[str, float]:
         """Label and score of the best C's training at the end of the search; of several the one with the lowest."""
@@ -158,6 +167,26 @@ class SearchResult:
         rungs = [(t.label, rung) for t in own for rung in t.rungs if rung["kimg"] == self.total_kimg]
         label, rung = min(rungs, key=lambda each: float(each[1]["score"]))
         return label, float(rung["score"])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What else is to be said of the result, by name."""
+        ties, scored = self.tie_set, self.scored
+        tied = f"C = {', '.join(map(str, ties.clusters))} within the noise of {ties.margin:.1%}"
+        found = [("tie set", f"{tied}; the smallest is {ties.smallest}")]
+        if self.pareto:
+            found.append(("Pareto front", f"C = {', '.join(map(str, self.pareto))}"))
+        found.append(("cost", _cost(self.costs)))
+        if self.lower_bound:
+            found.append(("lower bound", self.lower_bound.sentence()))
+        return [
+            *found,
+            ("final", self.sentence()),
+            (
+                "score",
+                f"Fréchet distance on {scored['dim']} features of {scored['detector']}, {self.num_images:,} generated "
+                f"against {scored['count']:,} real images{'' if self.metric in COMPARABLE else NOT_COMPARABLE}",
+            ),
+        ]
 
     def scores(self) -> list[Score]:
         """All scores of the final model, the search's own first."""
@@ -187,6 +216,8 @@ def write_result(ctx: Context, result: SearchResult) -> None:
     result.track(ctx.tracker, files)
     factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(run)}
     ctx.tracker.points(result.run_id, {name: factor for name, factor in factors.items() if factor is not None})
+    story.tell(ctx.tracker, run, result.facts(), {file.name for file in files})
+    ctx.tracker.end(ctx.tracker.parent_id, "complete")  # a search that is done is not opened again to say so
     write_json(ctx.folder / RESULT_FILE, tree)
     (ctx.folder / SO_FAR_FILE).unlink(missing_ok=True)
 
@@ -202,7 +233,9 @@ def write_so_far(ctx: Context, base: Mapping[str, Any], records: Sequence[TrialR
         name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for name, value in base.items()
     }
-    write_json(ctx.folder / SO_FAR_FILE, {**tree, "trials": [asdict(record) for record in records]})
+    tree["trials"] = [asdict(record) for record in records]
+    write_json(ctx.folder / SO_FAR_FILE, tree)
+    story.tell(ctx.tracker, Run.from_tree(tree, ctx.folder))
 
 
 def read_result(folder: Path) -> SearchResult | None:
@@ -260,7 +293,6 @@ def show(result: SearchResult, console: Console) -> None:
     for trial in failed:
         console.print(f"{trial.label} failed: {escape(trial.reason or '')}")
     console.print()
-    scored = result.scored
     label, score = result.best_score()
     lines = [
         ("best C", f"{result.best}"),
@@ -269,25 +301,12 @@ def show(result: SearchResult, console: Console) -> None:
             for i, (label, value) in enumerate({label: score, **result.baselines()}.items())
         ),
     ]
-    ties, costs = result.tie_set, result.costs
     lines += [
-        (
-            "tie set",
-            f"C = {', '.join(map(str, ties.clusters))} within the noise of {ties.margin:.1%}; "
-            f"the smallest is {ties.smallest}",
-        ),
-        *((("Pareto front", f"C = {', '.join(map(str, result.pareto))}"),) if result.pareto else ()),
-        ("cost", _cost(costs)),
-        *((("lower bound", result.lower_bound.sentence()),) if result.lower_bound else ()),
-        ("final", result.sentence()),
-        (
-            "score",
-            f"Fréchet distance on {scored['dim']} features of {scored['detector']}, {result.num_images:,} generated "
-            f"against {scored['count']:,} real images{'' if result.metric in COMPARABLE else NOT_COMPARABLE}",
-        ),
+        *result.facts(),
         ("artifacts", result.folder),
         ("model", result.final.export),
         ("MLflow UI", result.ui_command),
+        *([("its page", result.page)] if result.page else []),
     ]
     console.print(scores_table([score_row(score) for score in result.scores()]))
     console.print()

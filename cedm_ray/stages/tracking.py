@@ -15,11 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cedm_ray.stages import links
 from cedm_ray.stages.delivery import Delivery, written
 from cedm_ray.stages.outbox import OUTBOX_FILE, Outbox, shown
 from cedm_ray.stages.store import key_of
 
 MAX_PARAM = 500
+UI_PORT = 5000
 START_WAIT_S = 10.0
 CLOSE_WAIT_S = 60.0
 _LOG = logging.getLogger(__name__)
@@ -31,14 +33,19 @@ def database_uri(storage: Path) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """The command that opens the MLflow UI on this tracking store, fit for pasting into a shell."""
+    """What opens the MLflow UI on this tracking store: a server's address, or the command that starts one.
+
+    The command is fit for pasting into a shell; a name and a password in an address are left out.
+    """
+    if uri.startswith(("http://", "https://")):
+        return shown(uri)
     program = Path(sys.executable).with_name("mlflow")
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
     # One worker and no job runner: answers in seconds, where the default takes most of a minute on two cores.
     return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} server --workers 1 --host 127.0.0.1 --port 5000 "
-        f"--backend-store-uri '{uri}'"
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} server --workers 1 --host 127.0.0.1 --port {UI_PORT} "
+        f"--backend-store-uri '{shown(uri)}'"
     )
 
 
@@ -77,6 +84,7 @@ class Tracker:
         self._outbox = Outbox(file, key_of({"uri": uri, "experiment": experiment}), self._delivery.send, say)
         self._told: set[Hashable] = set()
         self._open_now: set[str] = set()
+        self._said: dict[tuple[str, str], Any] = {}  # what was last said of a run, by kind
         journal = self._outbox.journal
         for number, operation in sorted(journal.operations.items()):
             self._delivery.recall(operation, journal.receipts.get(number))
@@ -105,6 +113,24 @@ class Tracker:
         if found is not None:
             self._keys[found] = self._key(run)
         return found
+
+    @property
+    def parent_key(self) -> str:
+        """Our own name of the search's run, which links and pages call it by."""
+        return self._parent
+
+    def known(self, key: str) -> str | None:
+        """What names the child run of this key, as :meth:`child` would return it; None where nobody has opened it."""
+        run = f"{self._parent}/{key}"
+        return run if run in self._open_now or self._delivery.knows(run) else None
+
+    def page(self, run: str) -> str | None:
+        """Address of a run's page, on the server that :func:`ui_command` speaks of; None while it is not known."""
+        run_id, experiment = self.run_id(run), self._delivery.experiment_id
+        if run_id is None or experiment is None:
+            return None
+        root = self.uri.rstrip("/") if self.uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
+        return f"{root}/{links.filled(links.page(run), experiment, lambda _: run_id)}"
 
     def _key(self, run: str) -> str:
         return self._keys.get(run, run)
@@ -151,8 +177,19 @@ class Tracker:
         self._outbox.put("end", self._key(run), {"status": status, "tags": told})
 
     def describe(self, run: str, text: str) -> None:
-        """The description that MLflow shows on the run's page (Markdown)."""
-        self._tag(run, {"mlflow.note.content": text})
+        """The description that MLflow shows on the run's page: Markdown, with addresses from :mod:`.links`."""
+        self._say_last("note", run, {"text": text})
+
+    def view(self, name: str, view: Mapping[str, Any]) -> None:
+        """Keep a view of the experiment's runs, in the form of MLflow's own shared views, for :func:`.links.view`."""
+        self._say_last("view", self._parent, {"name": name, "view": view})
+
+    def _say_last(self, kind: str, run: str, body: Mapping[str, Any]) -> None:
+        """Of these the last one counts; what says the same as the one before is left out."""
+        run = self._key(run)
+        if self._said.get((kind, run)) != body:
+            self._said[kind, run] = body
+            self._outbox.put(kind, run, body)
 
     def _tag(self, run: str, tags: Mapping[str, Any]) -> None:
         if _texts(tags):

@@ -256,3 +256,34 @@ def test_settings_become_dotted_names() -> None:
 def test_the_ui_command_listens_on_loopback_and_names_the_store() -> None:
     command = ui_command("sqlite:////runs/mlflow.db")
     assert "--host 127.0.0.1" in command and "'sqlite:////runs/mlflow.db'" in command
+
+
+def test_a_server_is_opened_by_its_address_without_name_and_password() -> None:
+    assert ui_command("https://me:secret@mlflow.example.org:8443/ml") == "https://mlflow.example.org:8443/ml"
+
+
+def test_the_page_of_a_run_has_an_address_once_mlflow_has_named_it(storage: Path, tmp_path: Path) -> None:
+    away = Tracker(f"http://127.0.0.1:{closed_port()}", "cedm_ray/test", None, tmp_path, lambda _: None)
+    run = away.start("page", "a", {}, {})
+    assert away.page(run) is None and run == "page"
+    assert away.close(0.1) == 1
+    track = tracker(storage, tmp_path)
+    track.start("page", "a", {}, {})
+    assert track.close() == 0
+    run_id, experiment = track.run_id("page"), run_named(storage, "page").info.experiment_id
+    kind = "?workflowType=machine_learning"  # else MLflow's pages for language models open
+    assert track.page("page") == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{run_id}{kind}"
+
+
+def test_a_child_is_known_from_the_journal_without_being_opened_again(storage: Path, tmp_path: Path) -> None:
+    track = tracker(storage, tmp_path)
+    track.start("known", "a", {}, {})
+    child = track.child("trial", "C=7", {}, {})
+    track.end(child, "complete")
+    assert track.close() == 0
+    track = tracker(storage, tmp_path)
+    track.start("known", "a", {}, {})
+    assert track.known("trial") == child and track.known("other") is None
+    assert track.close() == 0
+    parent = run_named(storage, "known").info.run_id
+    assert run_named(storage, f"{parent}/trial").info.status == "FINISHED"
