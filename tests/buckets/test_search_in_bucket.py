@@ -116,6 +116,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     address = f"127.0.0.1:{port}"
     env = {**os.environ, "RAY_TMPDIR": f"/tmp/ray-two-{port}", "RAY_AUTH_MODE": "disabled"}
+    env["RAY_ADDRESS"] = address  # for the actors, should other instances of Ray run on this host
     head = [*ray, "--head", f"--port={port}", "--num-cpus=0", "--node-ip-address=127.0.0.1", "--dashboard-port=0"]
     worker = [*ray, f"--address={address}", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
     apart = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(copies), *worker]
@@ -124,8 +125,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         for call, wait_s in ((head, 15), (apart, 15)):
             with open(tmp_path / f"node-{len(started)}.log", "w") as log:
                 started.append(subprocess.Popen(
-                    call, env={**env, "RAY_ADDRESS": address} if call is apart else env, stdout=log, stderr=log,
-                    start_new_session=True,
+                    call, env=env, stdout=log, stderr=log, start_new_session=True,
                 ))  # fmt: skip
             time.sleep(wait_s)
         yield address, copies
