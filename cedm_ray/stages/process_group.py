@@ -11,10 +11,13 @@ from datetime import timedelta
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+_TEXT_BYTES = 4096
+"""The longest path."""
 _listening: list[socket.socket] = []
 """Of the first process: open from when its port is told to the others until its store has taken it over."""
 
@@ -71,6 +74,19 @@ def _meet(backend: str, host: str, port: int, rank: int, size: int, timeout_s: i
     own = _listening.pop().detach() if rank == 0 else None  # the store's from now on
     store = TCPStore(host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=own)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def broadcast_text(text: str, device: torch.device) -> str:
+    """The first process' text in all of them, sent as a tensor: what came as an object would be unpickled.
+
+    Args:
+        text: At most 4096 bytes of UTF-8, as a path has, without a zero; what the others give is not looked at.
+        device: Where the group's backend has its tensors.
+    """
+    said = bytearray(text.encode().ljust(_TEXT_BYTES, b"\0"))
+    sent = torch.frombuffer(said, dtype=torch.uint8).to(device)
+    dist.broadcast(sent, src=0)
+    return bytes(sent.tolist()).rstrip(b"\0").decode()
 
 
 def _interface_of(address: str) -> str | None:

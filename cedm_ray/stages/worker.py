@@ -43,6 +43,7 @@ from cedm_ray.stages.checkpoints import (
 )
 from cedm_ray.stages.energy import Meter
 from cedm_ray.stages.plan import TrialJob
+from cedm_ray.stages.process_group import broadcast_text
 from cedm_ray.stages.scorer import Scorer
 from cedm_ray.stages.store import read_json, write_json
 from cedm_ray.stages.streamed import StreamedImages
@@ -127,19 +128,20 @@ class Worker:
 
     def _newest(self) -> Path | None:
         """The checkpoint to go on from; rank 0 looks, and all go on from the same one."""
-        chosen: list[Path | None] = [None]
+        chosen = ""
         if self.rank == 0:
             bucket.fetch_files(self.job.checkpoints)
             found, set_aside = newest_whole(self.job.checkpoints)
-            chosen = [None if found is None else found.folder]
+            chosen = "" if found is None else str(found.folder)
             for line in set_aside:
                 if self.scorer.board is not None:
                     self.scorer.board.say(f"  {self.job.label}: {line}")
         if dist.is_initialized():
-            dist.broadcast_object_list(chosen, device=self._device)
-        if chosen[0] is not None:
-            bucket.fetch_files(chosen[0])
-        return chosen[0]
+            chosen = broadcast_text(chosen, self._device)
+        if not chosen:
+            return None
+        bucket.fetch_files(Path(chosen))
+        return Path(chosen)
 
     def missing_rungs(self) -> Iterator[int]:
         """The rungs that are still to be trained to, in kimg."""

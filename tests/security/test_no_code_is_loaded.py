@@ -13,7 +13,10 @@ REFUSED_CALLS = {
     "pickle.load", "pickle.loads", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load",
     "torch.jit.load", "torch.hub.load", "pandas.read_pickle", "pd.read_pickle", "runpy.run_path",
 }  # fmt: skip
-REFUSED_METHODS = {"extractall", "extract", "unpack_archive", "read_pickle"}
+REFUSED_METHODS = {
+    "extractall", "extract", "unpack_archive", "read_pickle", "broadcast_object_list", "all_gather_object",
+    "gather_object", "scatter_object_list", "recv_object_list",
+}  # fmt: skip
 NEEDED_ARGUMENTS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 ALLOWED = {
     # Reads CIFAR's pickles with a class that looks no name up; test_evil_files.py has files that try.
@@ -70,6 +73,7 @@ def test_nothing_in_the_package_can_turn_a_file_into_code() -> None:
         ("eval(text)", "eval"),
         ("archive.extractall(folder)", "archive.extractall"),
         ("yaml.load(text, Loader)", "yaml.load"),
+        ("dist.broadcast_object_list(paths)", "dist.broadcast_object_list"),
         ("torch.load(file)", "torch.load without weights_only=True"),
         ("torch.load(file, weights_only=False)", "torch.load without weights_only=True"),
         ("np.load(file, allow_pickle=True)", "np.load without allow_pickle=False"),

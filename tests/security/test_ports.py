@@ -46,8 +46,9 @@ def rank(number, host, port, out):
     tensor = torch.tensor([float(number + 1)])
     dist.all_reduce(tensor)
     open_here = [each.laddr.ip for each in psutil.Process().net_connections("inet") if each.status == "LISTEN"]
+    said = [group.broadcast_text(text, tensor.device) for text in (("/a folder/ü", "")[number], ("", "/b")[number])]
     dist.barrier()
-    out.put((float(tensor), open_here))
+    out.put((float(tensor), open_here, said))
 
 if __name__ == "__main__":
     host, port = group._listen()
@@ -149,12 +150,23 @@ def test_the_jobs_api_and_the_cluster_itself_refuse_who_lacks_the_token(
     assert not Path(f"/proc/{running.pid}").joinpath("cmdline").read_bytes().count(running.token.encode())
 
 
-def test_the_processes_of_a_training_meet_at_the_address_of_their_node() -> None:
+@pytest.fixture(scope="module")
+def ranks() -> list[tuple[float, list[str], list[str]]]:
+    """Of each of two processes that met: the sum of both, the addresses at which it listened, what rank 0 told it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEET, "127.0.0.1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    ranks = json.loads(done.stdout)
-    assert [total for total, _ in ranks] == [3.0, 3.0]
-    addresses = [each for _, here in ranks for each in here]
+    return [(total, addresses, said) for total, addresses, said in json.loads(done.stdout)]
+
+
+def test_the_processes_of_a_training_meet_at_the_address_of_their_node(
+    ranks: list[tuple[float, list[str], list[str]]],
+) -> None:
+    assert [total for total, *_ in ranks] == [3.0, 3.0]
+    addresses = [each for _, here, _ in ranks for each in here]
     assert len(addresses) >= 3 and all(ip_address(each).is_loopback for each in addresses), addresses
+
+
+def test_what_the_first_process_says_comes_to_all(ranks: list[tuple[float, list[str], list[str]]]) -> None:
+    assert [said for *_, said in ranks] == [["/a folder/ü", ""]] * 2
