@@ -125,7 +125,7 @@ def _read(claim: Path) -> dict[str, Any]:
     """What a claim says; nothing where it is gone, or is none."""
     try:
         found = json.loads(read_object(claim) or b"")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

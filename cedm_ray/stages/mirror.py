@@ -55,8 +55,8 @@ class Mirror:
         """
         if not self._kept:
             return
-        last = json.loads(bucket.read_object(self.run / CACHE_FILE) or b"null")
-        if last is None or last == bucket.copy_id(self.root):
+        last = bucket.read_object(self.run / CACHE_FILE)
+        if last is None or last == self._copy():
             return
         found = {self.run / name for name in bucket.listed(self.run) if not _is_local(name)}
         trials = self.root / "store" / "trials"
@@ -71,7 +71,7 @@ class Mirror:
     def own(self) -> None:
         """Note in the bucket that this copy is the newest from now on."""
         if self._kept:
-            bucket.write_object(self.run / CACHE_FILE, json.dumps(bucket.copy_id(self.root)).encode())
+            bucket.write_object(self.run / CACHE_FILE, self._copy())
 
     def push(self) -> int:
         """Write to the bucket what has changed here since the last time; returns the number of files.
@@ -138,6 +138,9 @@ class Mirror:
             stopped.set()
             thread.join()
             self.push()
+
+    def _copy(self) -> bytes:
+        return json.dumps(bucket.copy_id(self.root)).encode()
 
     def _files(self) -> Iterator[Path]:
         for file in _below(self.run):
