@@ -27,9 +27,3 @@ for name in {modules!r}:
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert len(modules) > 30 and done.returncode == 0, done.stderr
-
-
-def test_nothing_that_is_loaded_can_run_code() -> None:
-    forbidden = ("weights_only=False", "yaml.load(", "allow_pickle=True", "shell=True", "os.system", "pickle.load(")
-    for path in sorted((ROOT / "cedm_ray").rglob("*.py")):
-        assert not [word for word in forbidden if word in path.read_text()], path

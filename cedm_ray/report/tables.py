@@ -1,4 +1,4 @@
-"""Tables of trials and probes, for the terminal, for Markdown and for a spreadsheet."""
+"""Tables of trials and probes, for the terminal and for a spreadsheet."""
 
 import csv
 import io
@@ -97,18 +97,6 @@ def scores_table(scores: Sequence[ScoreRow], title: str = "Scores of the final m
         )
     table.caption = "+-: over the sets of images, or over the subsets or splits of the metric"
     return table
-
-
-def to_markdown(rows: Sequence[Row], metric: str, best: int | None = None, grouping: str = "temi") -> str:
-    """All rows as a Markdown table, the best number of clusters in bold."""
-    header = _header(metric)
-    lines = ["| " + " | ".join(header) + " |", "|---:|---:|---:|---:|:---|:---|"]
-    for row in _ordered(rows):
-        cells = [cell.replace("|", "\\|") for cell in _cells(row)]
-        if _is_best(row, best, grouping):
-            cells = [f"**{cell}**" for cell in cells]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def to_csv(rows: Sequence[Row], metric: str) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cedm_ray.report.rows import Row
-from cedm_ray.report.tables import probes_table, to_csv, to_markdown, trials_table
+from cedm_ray.report.tables import probes_table, to_csv, trials_table
 
 ROWS = (
     Row(1000, 0.72, 0, None, "probe"),
@@ -64,13 +64,6 @@ def test_probes_say_on_which_side_of_the_cutoff_they_lie() -> None:
     assert body == [["5", "0.9700", "above"], ["7", "0.9600", "at or below"]]
     assert "cutoff 0.96; C_max 7" in text
     assert "C_max not found yet" in plain(probes_table(rows, utilization_cutoff=0.96, c_max=None))
-
-
-def test_markdown_has_as_many_cells_in_every_line() -> None:
-    lines = to_markdown(ROWS, "fid", 100).splitlines()
-    assert len(lines) == 2 + len(ROWS)
-    assert {line.replace("\\|", "").count("|") for line in lines} == {7}
-    assert lines[3] == "| **100** | **0.9987** | **200,000** | **1.667** | **complete** | **temi** |"
 
 
 def test_csv_keeps_every_digit_and_leaves_the_unknown_empty() -> None:
