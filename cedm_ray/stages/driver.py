@@ -16,9 +16,11 @@ from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.budget import Plan, Speeds, workload
 from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.checkup_disk import Pile, still_needed
+from cedm_ray.stages.checkup_finding import gigabytes
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import open_images, pack_images
+from cedm_ray.stages.leftovers import remove_leftovers
 from cedm_ray.stages.lock import owned
 from cedm_ray.stages.mirror import Mirror
 from cedm_ray.stages.noise import noise_to
@@ -178,6 +180,9 @@ def _search(
     storage = folder.parent
     store = Store(storage / "store")
     terminal.line(f"search {folder.name}, everything is kept under {storage}")
+    left, size = remove_leftovers(store.root)
+    if left:
+        terminal.line(f"removed what killed processes had left unfinished in the store: {gigabytes(size)}")
     images = pack_images(source, store, terminal, config.on_bad_image)
     packed = load_packed(images)
     tracker = _tracker(config, source.name, folder, terminal)
