@@ -36,6 +36,11 @@ class Shares:
     max_trials: int
     max_probes: int
 
+    @property
+    def worker(self) -> dict[str, float]:
+        """What one process of a training asks for, in Ray's names."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})}
+
     def trials_on(self, nodes: Iterable[Mapping[str, Any]]) -> int:
         """How many trainings these nodes hold side by side."""
         worker = _Room(self.cpus_per_worker, self.gpus_per_worker)

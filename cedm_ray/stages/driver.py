@@ -208,7 +208,7 @@ def _search(
                 shares=shares,
                 board=Board(),
             )
-            with watched(terminal, ctx.board):
+            with watched(terminal, ctx.board, shares):
                 result = find_visual_groups(ctx)
         state = "complete"
         return result

@@ -142,10 +142,7 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=shares.num_workers,
             use_gpu=shares.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": shares.cpus_per_worker,
-                **({"GPU": shares.gpus_per_worker} if shares.gpus_per_worker else {}),
-            },
+            resources_per_worker=shares.worker,
         ),
         torch_config=NodeAddressConfig(),
         run_config=ray.train.RunConfig(

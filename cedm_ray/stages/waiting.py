@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.cluster import Shares, usable_nodes
+from cedm_ray.stages.orphans import Orphans
 from cedm_ray.stages.progress import duration
 
 LOOK_EVERY_S = 5.0
@@ -60,23 +61,28 @@ class Places:
 
 
 @contextmanager
-def watched(terminal: Says, board: Board) -> Iterator[None]:
+def watched(terminal: Says, board: Board, shares: Shares) -> Iterator[None]:
     """Until the block ends, pass on what processes say on the board, and say what is waited for that no node holds.
+
+    What dead trainings hold is given back.
 
     Args:
         terminal: Where it is said.
         board: The search's.
+        shares: What a training asks for.
     """
     done = threading.Event()
 
     def watch() -> None:
-        wait = Wait()
+        wait, orphans = Wait(), Orphans(shares.worker)
         while not done.wait(LOOK_EVERY_S):
             for line in board.said():
                 terminal.line(f"  {line}")
             said = wait.said(unheld(pending(), ray.nodes()), time.monotonic())
             if said:
                 terminal.line(f"  {said}", "yellow")
+            if orphans.freed(time.monotonic()):
+                terminal.line("  gave back what a training held whose processes are dead")
 
     watcher = threading.Thread(target=watch, daemon=True, name="waiting")
     watcher.start()

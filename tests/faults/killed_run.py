@@ -11,12 +11,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
+from ray.util.placement_group import placement_group_table
 
 import cedm_ray.stages.board
+import cedm_ray.stages.orphans
 from cedm_ray.config import load
 from cedm_ray.search import main
 from cedm_ray.stages.board import Board
@@ -33,6 +36,7 @@ FLAGS = [
 FAULTS = (
     ("worker 1", "training"), ("worker 0", "scoring"), ("trial", "training"), ("worker 1", "scoring"),
     ("worker 0", "training"), ("controller", "scoring"), ("trial", "scoring"), ("both workers", "training"),
+    ("controller", "starting"),
 )  # fmt: skip
 WAIT_S = 240
 
@@ -79,6 +83,11 @@ def named(title: str) -> list[int]:
     return found
 
 
+def groups() -> set[str]:
+    """The placement groups that have room on the cluster."""
+    return {name for name, group in placement_group_table().items() if group["state"] == "CREATED"}
+
+
 class Killer(threading.Thread):
     """Kills one process after another, each when the training has got a rung further since the last one."""
 
@@ -107,16 +116,26 @@ class Killer(threading.Thread):
         unit = {"training": "kimg", "scoring": "images"}[while_]
         return next((work.done for work in self.board.works() if work.unit == unit), None)
 
+    def start_anew(self, pids: Iterable[int]) -> None:
+        """End the training's processes, and wait until new ones have their room and are not there yet."""
+        before = groups()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        self.wait_for("room for new workers", lambda: groups() - before)
+
     def kill(self, who: str, while_: str, after_kimg: int) -> None:
         known = [0.0]
 
         def ready() -> bool:
             known[0] = max(known[0], self.done("training") or 0.0)
-            return known[0] >= after_kimg and self.done(while_) is not None and len(workers()) == 2
+            now = "training" if while_ == "starting" else while_
+            return known[0] >= after_kimg and self.done(now) is not None and len(workers()) == 2
 
         self.wait_for(f"{while_} after {after_kimg} kimg", ready)
         time.sleep(self.random.uniform(0, 1.0))
         ranks = workers()
+        if while_ == "starting":
+            self.start_anew(ranks.values())
         pids = {
             "worker 0": [ranks.get(0)], "worker 1": [ranks.get(1)], "both workers": list(ranks.values()),
             "trial": named("ray::ImplicitFunc"), "controller": named("ray::TrainController"),
@@ -183,6 +202,7 @@ def _board(actor: object) -> Board:
 
 if __name__ == "__main__":
     root, seed = Path(sys.argv[1]), int(sys.argv[2])
+    cedm_ray.stages.orphans.LOOK_EVERY_S = 5.0  # else the training may be over before
     with connected(load([])):
         started_s = time.monotonic()
         assert main([*FLAGS, f"--storage-path={root / 'undisturbed'}"]) == 0

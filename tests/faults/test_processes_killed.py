@@ -32,6 +32,7 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seed')))
+    figures["given_back"] = done.stdout.count("gave back what a training held")
     print(json.dumps(figures, indent=1))
     return folder, figures
 
@@ -89,6 +90,7 @@ def test_mlflow_has_every_point_once(killed: tuple[Path, dict[str, Any]]) -> Non
 def test_nothing_of_the_killed_trainings_is_left(killed: tuple[Path, dict[str, Any]]) -> None:
     _, figures = killed
     assert figures["idle_s"] < 55  # of 60: all CPUs are free and no process is left
+    assert figures["given_back"] == 1  # of the controller that was killed before its workers were there
 
 
 def test_a_training_that_fails_by_itself_is_tried_twice_and_ends_with_its_reason(tmp_path: Path) -> None:

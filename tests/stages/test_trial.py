@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest.mock import Mock
 
@@ -27,6 +26,7 @@ from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
 from cedm_ray.stages import trial
 from cedm_ray.stages.checkpoints import STATE_FILE
+from cedm_ray.stages.cluster import Shares
 from cedm_ray.stages.features import FeatureParts, lenet_spec
 from cedm_ray.stages.groupings import CLUSTERING_FILE
 from cedm_ray.stages.plan import Planner, TrialJob
@@ -325,12 +325,13 @@ def test_a_stored_clustering_asks_nothing_of_the_cluster(
     monkeypatch.setattr(trial, "_nodes", lambda: {"head"})
     monkeypatch.setattr(trial.ray.train.torch, "TorchTrainer", trainer)
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", RunCallback)
-    shares = SimpleNamespace(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.5, cpus_per_probe=2.0,
-                             gpus_per_probe=0.0)  # fmt: skip
-    trial.run_trial(params, planner, cast(Any, None), Mock(), cast(Any, shares))
+    shares = Shares(2, 1.0, 0.5, 2.0, 0.0, max_trials=1, max_probes=1)
+    trial.run_trial(params, planner, cast(Any, None), Mock(), shares)
     assert tasks.call_count == (not stored) and trainer.return_value.fit.call_count == 1
     loop = trainer.call_args.kwargs["train_loop_config"]
     assert loop["job"].num_clusters == 17 and loop["gpus"] == 0.5
+    scaling = trainer.call_args.kwargs["scaling_config"]
+    assert scaling.num_workers == 2 and scaling.resources_per_worker == {"CPU": 1.0, "GPU": 0.5}
 
 
 def test_a_training_goes_on_from_its_newest_whole_checkpoint_and_says_what_was_torn(
