@@ -65,6 +65,7 @@ def connected(config: SearchConfig) -> Iterator[Shares]:
     Raises:
         UserError: If the cluster does not answer, or if one training or one clustering can never fit into it.
     """
+    _keep_credentials()
     ours = not ray.is_initialized()
     if ours:
         _start()
@@ -155,6 +156,15 @@ def _set(environment: MutableMapping[str, str], name: str, value: str) -> Iterat
         environment.pop(name)
         if before is not None:
             environment[name] = before
+
+
+def _keep_credentials() -> None:
+    """Keep Ray Tune from passing AWS's credentials on to its trials: Ray writes what it passes on into its logs.
+
+    The processes of a trial find them where those of all other stages do: in the environment of their node.
+    """
+    passing: Any = importlib.import_module("ray.tune.execution.class_cache")
+    passing.ENV_VARS_TO_PROPAGATE = {name for name in passing.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
 def _keep_private(token: Path) -> None:

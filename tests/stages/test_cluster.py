@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.tune.execution import class_cache
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cedm_ray.errors import UserError
 from cedm_ray.settings import ResourceSettings
-from cedm_ray.stages.cluster import Shares, _keep_private, shares
+from cedm_ray.stages import RAY_ENVIRONMENT
+from cedm_ray.stages.cluster import Shares, _keep_credentials, _keep_private, shares
 
 
 def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
@@ -226,3 +228,19 @@ def test_the_token_is_for_its_owner_alone(tmp_path: Path) -> None:
     token.chmod(0o644)
     _keep_private(token)
     assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_tune_passes_no_credentials_on_to_its_trials_but_all_that_train_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(class_cache.ENV_VARS_TO_PROPAGATE))
+    wanted = {name: "1" for name in RAY_ENVIRONMENT if name in class_cache.ENV_VARS_TO_PROPAGATE}
+    assert "AWS_SECRET_ACCESS_KEY" in class_cache.ENV_VARS_TO_PROPAGATE and "RAY_TRAIN_V2_ENABLED" in wanted
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN", *wanted):
+        monkeypatch.setenv(name, "1")
+
+    def passed_on() -> dict[str, str]:
+        options = class_cache._ActorClassCache().get(type("Trial", (), {}))._default_options
+        return dict(options["runtime_env"]["env_vars"])
+
+    assert "AWS_SECRET_ACCESS_KEY" in passed_on()
+    _keep_credentials()
+    assert wanted.items() <= passed_on().items() and not any("AWS" in name for name in passed_on())
