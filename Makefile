@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(if $(shell $(name) -c 'import sys; print(sys.version_info[:2] in ((3, 11), (3, 12)) or "")' 2>/dev/null | grep True),$(name))))
 
-.PHONY: help search test test-slow lint docs clean
+.PHONY: help search test test-slow coverage lint docs clean
 help:
 	@echo "make search     find the visual groups of the handwritten digits (--dataset digits)"
 	@echo "make test       linters and the quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make coverage   which lines of the rooms without Ray the quick tests run"
 	@echo "make docs       the API reference, from the docstrings, into site/"
 	@echo "make clean      remove the environment"
 
@@ -34,6 +35,11 @@ test: lint
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+ROOMS := data features clustering granularity diffusion metrics report weights
+coverage: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu" \
+		$(ROOMS:%=--cov=cedm_ray.%) --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 docs: $(VENV)/ready
 	$(BIN)/python -m pdoc --docformat google --output-directory site cedm_ray
