@@ -15,6 +15,7 @@ more than the threads. On two cores the defaults take some three minutes.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,38 +33,16 @@ from cedm_ray.data.pack import IMAGES, load_packed, pack
 from cedm_ray.features.backbones import BackboneSpec
 from cedm_ray.settings import EmbedSettings
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares, connected
+from cedm_ray.stages.cluster import connected
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import embed
+from cedm_ray.stages.shares import Shares
 from cedm_ray.stages.store import Store
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "stages"))
+from embed_growth import Noise
+
 CUDA = torch.cuda.is_available()
-
-
-class Noise:
-    """So many images of noise."""
-
-    channels, num_classes = 3, None
-
-    def __init__(self, count: int, resolution: int) -> None:
-        self.name = self.fingerprint = f"noise-{count}-{resolution}"
-        self.resolution, self._count = resolution, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def labels(self) -> None:
-        return None
-
-    def superclasses(self) -> None:
-        return None
-
-    def class_names(self) -> None:
-        return None
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        shape = (stop - start, self.channels, self.resolution, self.resolution)
-        return np.random.default_rng(start).integers(0, 256, shape, dtype=np.uint8)
 
 
 class Times:

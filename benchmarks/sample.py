@@ -29,9 +29,11 @@ from torch import Tensor, nn
 
 from cedm_ray.diffusion.compute import ComputeSettings, Precision, decide
 from cedm_ray.diffusion.fitting import fitting_batch
+from cedm_ray.diffusion.heun import sigma_steps
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.sampler import draw_conditions, generate, initial_noise, sigma_steps
+from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, build_net
+from cedm_ray.diffusion.starts import draw_conditions, initial_noise
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLUSTERS, SEED = 100, 0

@@ -1,5 +1,8 @@
 """The errors that are meant for the person who started the program."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """A text from a stranger, such as a file's name, without what would break a line or steer a terminal."""
@@ -25,3 +28,9 @@ def require(ok: bool, name: str, value: object, bound: str) -> None:
     """
     if not ok:
         raise ValueError(f"{name} is {value}; it must {bound}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a line about an unknown name: ``; did you mean gamma?``, or nothing where none is like it."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -11,16 +11,17 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from cedm_ray.config import parse_flags
 from cedm_ray.data.generated import open_generated
 from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError, require
+from cedm_ray.flags import parse_flags
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.tables import scores_table
-from cedm_ray.stages.features import MAX_KEPT, DetectorSpec, FeatureParts, check_detectors, lenet_spec, load_detectors
+from cedm_ray.stages.detectors import DetectorSpec, check_detectors, lenet_spec, load_detectors
+from cedm_ray.stages.features import MAX_KEPT, FeatureParts
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.progress import WorkCounter
 from cedm_ray.stages.score_rows import score_row

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from cedm_ray.config import parse_flags
 from cedm_ray.diffusion.compute import ComputeSettings, decide
-from cedm_ray.diffusion.sampler import draw_conditions, generate
+from cedm_ray.diffusion.sampler import generate
+from cedm_ray.diffusion.starts import draw_conditions
 from cedm_ray.errors import UserError, require
+from cedm_ray.flags import parse_flags
 from cedm_ray.report.grids import sample_grid
 from cedm_ray.stages.exported import Confidence, ExportedModel, open_confidence, open_exported
 from cedm_ray.stages.progress import WorkCounter

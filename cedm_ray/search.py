@@ -84,11 +84,12 @@ def _answer(settings: Sequence[str], terminal: Terminal, resume: str) -> int:
 def _search(settings: Sequence[str], terminal: Terminal, resume: str) -> int:
     from cedm_ray.config import load
     from cedm_ray.stages import driver
-    from cedm_ray.stages.result import show
+    from cedm_ray.stages.dry_run import dry_run
+    from cedm_ray.stages.result_view import show
 
     config = load(settings)
     if config.dry_run:
-        driver.dry_run(config, terminal)
+        dry_run(config, terminal)
         return 0
     last_words = f"stopped; go on with: {resume}"
     signals = Signals(terminal.stopping, lambda: terminal.leave(last_words, StoppedFacts(resume)))

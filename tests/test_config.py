@@ -6,9 +6,7 @@ import yaml
 from cedm_ray.config import fingerprint_tree, load, space_file
 from cedm_ray.errors import UserError
 
-SPACES = sorted(Path("search_spaces").resolve().glob("*.yaml")) or sorted(
-    (Path(__file__).parents[1] / "search_spaces").glob("*.yaml")
-)
+SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
 
 
 def refused(*argv: str) -> str:
@@ -80,6 +78,7 @@ def test_a_folder_starts_from_the_folder_s_file() -> None:
         (["--grouping", "words"], "invalid choice 'words'"),
         (["--bound.c-max", "2"], "c_max is 2; it must be at least 3"),
         (["--score.also", "lenet"], "also is ('lenet',); it must name each detector once"),
+        (["--score.num-sets", "0"], "num_sets is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_flag_is_one_line_with_the_value_and_the_bound(argv: list[str], said: str) -> None:

@@ -42,15 +42,8 @@ def test_what_would_fail_makes_the_status_1_and_everything_is_told_at_once(
     alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    flags = [
-        "--storage-path",
-        str(tmp_path / "file"),
-        "--tracking-uri",
-        "http://127.0.0.1:9",
-        "--num-neighbors",
-        "5000",
-    ]
-    assert main(flags) == 1
+    flags = ["--storage-path", str(tmp_path / "file"), "--tracking-uri", "http://127.0.0.1:9"]
+    assert main([*flags, "--num-neighbors", "5000"]) == 1
     lines = lines_of(capsys.readouterr().out)
     failed = {name for name, line in lines.items() if line.startswith("fail")}
     assert failed == {"storage", "tracking", "settings"}

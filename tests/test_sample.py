@@ -23,7 +23,8 @@ from cedm_ray.clustering.head_file import head_probs, load_head
 from cedm_ray.data.digits import digits
 from cedm_ray.data.generated import open_generated
 from cedm_ray.data.pack import load_packed
-from cedm_ray.diffusion.sampler import draw_conditions, generate
+from cedm_ray.diffusion.sampler import generate
+from cedm_ray.diffusion.starts import draw_conditions
 from cedm_ray.features.pixels import PixelBackbone, pixel_stats
 from cedm_ray.report.grids import sample_grid
 from cedm_ray.sample import main

@@ -12,11 +12,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cedm_ray.clustering.heads import Heads
+from cedm_ray.clustering.temi_assign import ROWS_OF_ONE_HEAD
 from cedm_ray.clustering.temi_precision import fast_matmul
 from cedm_ray.errors import UserError
 
 FORMAT = "cedm_ray.clustering.temi_head/1"
-_ROWS = 8192  # images computed at a time, as many as where the training images are assigned: the same sums
 _CPU = torch.device("cpu")
 
 
@@ -80,11 +80,13 @@ def head_probs(head: TemiHead, embeddings: NDArray[np.float32]) -> NDArray[np.fl
         raise ValueError(f"embeddings are {embeddings.shape} {embeddings.dtype}; (N, {head.dim}) float32 is due")
     found = np.empty((len(embeddings), head.num_clusters), np.float32)
     with fast_matmul(_CPU, tf32=False):
-        for start in range(0, len(embeddings), _ROWS):
-            x = torch.from_numpy(np.array(embeddings[start : start + _ROWS]))
+        # In the blocks in which the training images are assigned, whose sums are the same ones then.
+        for start in range(0, len(embeddings), ROWS_OF_ONE_HEAD):
+            rows = slice(start, start + ROWS_OF_ONE_HEAD)
+            x = torch.from_numpy(np.array(embeddings[rows]))
             if head.mean is not None and head.std is not None:
                 x = x.sub_(head.mean).div_(head.std)
-            found[start : start + _ROWS] = torch.softmax(head.heads(x)[0] / head.temperature, dim=-1).numpy()
+            found[rows] = torch.softmax(head.heads(x)[0] / head.temperature, dim=-1).numpy()
     return found
 
 

@@ -1,6 +1,7 @@
 """The rule of the paper for C_max: doubling, then bisection, one reading for each C."""
 
 from cedm_ray.clustering.probes import Outcome, Probe, Reading
+from cedm_ray.errors import require
 
 
 class PaperRule:
@@ -35,18 +36,12 @@ class PaperRule:
         resolution: int = 1,
         max_clusters: int | None = None,
     ) -> None:
-        if max_clusters is not None and max_clusters < 2:
-            raise ValueError(f"max_clusters is {max_clusters}; it must be at least 2")
-        if c_start < 2 or (max_clusters is not None and c_start > max_clusters):
-            raise ValueError(f"c_start is {c_start}; it must {_bound(max_clusters)}")
-        if not 0 < cutoff <= 1:
-            raise ValueError(f"cutoff is {cutoff}; it must lie in (0, 1]")
-        if resolution < 1:
-            raise ValueError(f"resolution is {resolution}; it must be at least 1 cluster")
-        self.c_start = c_start
-        self.cutoff = cutoff
-        self.resolution = resolution
+        require(max_clusters is None or max_clusters >= 2, "max_clusters", max_clusters, "be at least 2")
         self.max_clusters = max_clusters
+        self._require_in_range("c_start", c_start)
+        require(0 < cutoff <= 1, "cutoff", cutoff, "lie in (0, 1]")
+        require(resolution >= 1, "resolution", resolution, "be at least 1 cluster")
+        self.c_start, self.cutoff, self.resolution = c_start, cutoff, resolution
         self._readings: dict[int, float] = {}
         self._outstanding: int | None = None
 
@@ -101,8 +96,7 @@ class PaperRule:
             One probe, of a C that was not told yet; none if the search is done or the probe handed out last was not
             told yet (:attr:`done` tells the two apart).
         """
-        if k < 1:
-            raise ValueError(f"k is {k}; it must be at least 1")
+        require(k >= 1, "k", k, "be at least 1")
         if self.done or self._outstanding is not None:
             return []
         self._outstanding = self._next()
@@ -119,15 +113,11 @@ class PaperRule:
             ValueError: If a value lies outside its bounds, or contradicts an earlier reading of the same C.
         """
         clusters = probe.num_clusters
-        if clusters < 2 or (self.max_clusters is not None and clusters > self.max_clusters):
-            raise ValueError(f"num_clusters is {clusters}; it must {_bound(self.max_clusters)}")
-        if probe != Probe(clusters):
-            raise ValueError(f"probe is {probe}; it must be the first of its C, at full fidelity")
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio is {ratio} at {clusters} clusters; it must lie in (0, 1]")
-        told = self._readings.get(clusters, ratio)
-        if told != ratio:
-            raise ValueError(f"ratio is {ratio} at {clusters} clusters; it must be {told}, as told before")
+        self._require_in_range("num_clusters", clusters)
+        require(probe == Probe(clusters), "probe", probe, "be the first of its C, at full fidelity")
+        told, shown = self._readings.get(clusters, ratio), f"{ratio} at {clusters} clusters"
+        require(0 < ratio <= 1, "ratio", shown, "lie in (0, 1]")
+        require(told == ratio, "ratio", shown, f"be {told}, as told before")
         self._readings[clusters] = ratio
         if clusters == self._outstanding:
             self._outstanding = None
@@ -141,6 +131,7 @@ class PaperRule:
             return max(2, upper // 2)
         return (lower + upper) // 2
 
-
-def _bound(max_clusters: int | None) -> str:
-    return "be at least 2" if max_clusters is None else f"lie in [2, max_clusters], [2, {max_clusters}]"
+    def _require_in_range(self, name: str, clusters: int) -> None:
+        most = self.max_clusters
+        bound = "be at least 2" if most is None else f"lie in [2, max_clusters], [2, {most}]"
+        require(clusters >= 2 and (most is None or clusters <= most), name, clusters, bound)

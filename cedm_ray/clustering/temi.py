@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cedm_ray.clustering.head_file import TemiHead
 from cedm_ray.clustering.heads import Heads
+from cedm_ray.clustering.temi_assign import assign, head_utilization
 from cedm_ray.clustering.temi_features import Features, Placement, choose_placement, free_bytes, view
-from cedm_ray.clustering.temi_gradient import head_blocks
 from cedm_ray.clustering.temi_graph import Repeated, selected
 from cedm_ray.clustering.temi_learner import TemiLearner
 from cedm_ray.clustering.temi_precision import fast_matmul
@@ -20,9 +20,6 @@ from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.clustering.types import Clustering, make_clustering
 
 __all__ = ["TemiProgress", "TemiSettings", "TemiTrainer", "fit_temi"]
-
-_ROWS_OF_ONE_HEAD = 8192  # images assigned at a time
-_ROWS_OF_ALL_HEADS = 1024
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,8 @@ class TemiTrainer:
         self._require_training()
         losses = self._head_losses()
         best_head = int(losses.argmin())
-        assignments, max_prob = self._assign(self.learner.teacher.head(best_head))
+        teacher = self.learner.teacher.head(best_head)
+        assignments, max_prob = assign(teacher, self.features, self.settings.teacher_temperature)
         return make_clustering(
             assignments.cpu().numpy(),
             self.num_clusters,
@@ -195,7 +193,6 @@ class TemiTrainer:
             None if scale is None else scale[1].cpu(),
         )
 
-    @torch.no_grad()
     def head_utilization(self) -> NDArray[np.float64]:
         """Share of the clusters that each head's teacher gives at least one image, in one pass over the images.
 
@@ -204,18 +201,9 @@ class TemiTrainer:
 
         Raises:
             RuntimeError: If no epoch has been trained.
-
-        Source: arXiv 2403.00570, Sec. 3.3.
         """
         self._require_training()
-        num_heads, hidden_dim = self.settings.num_heads, self.settings.hidden_dim
-        used = torch.zeros(num_heads, self.num_clusters, dtype=torch.bool, device=self.device)
-        with fast_matmul(self.device, tf32=False):
-            for x in self.features.blocks(_ROWS_OF_ALL_HEADS):
-                for heads in head_blocks(num_heads, len(x), hidden_dim, self.device):
-                    used[heads].scatter_(1, self.learner.teacher.activations(x, heads).logits.argmax(dim=-1), True)
-        share: NDArray[np.float64] = used.double().mean(dim=1).cpu().numpy()
-        return share
+        return head_utilization(self.learner.teacher, self.features)
 
     def _require_training(self) -> None:
         if self._epoch == 0:
@@ -236,18 +224,6 @@ class TemiTrainer:
         """Linear warm-up, then constant."""
         warmup_steps = self.settings.warmup_epochs * self._steps
         return self.settings.lr * self._batch / 256 * min(1.0, (step + 1) / max(1, warmup_steps))
-
-    @torch.no_grad()
-    def _assign(self, head: Heads) -> tuple[Tensor, Tensor]:
-        """Most probable cluster of each image and its probability, both of shape ``(N,)``."""
-        with fast_matmul(self.device, tf32=False):
-            found = [
-                torch.softmax(head(block)[0] / self.settings.teacher_temperature, dim=-1).max(dim=-1)
-                for block in self.features.blocks(_ROWS_OF_ONE_HEAD)
-            ]
-        # Rounding can take a sure cluster's probability a hair above 1.
-        max_prob = torch.cat([part.values for part in found]).clamp_max(1)
-        return torch.cat([part.indices for part in found]), max_prob
 
 
 def fit_temi(

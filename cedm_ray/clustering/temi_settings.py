@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cedm_ray.errors import require
+
 
 @dataclass(frozen=True)
 class TemiSettings:
@@ -46,18 +48,16 @@ class TemiSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "hidden_dim", "bottleneck_dim", "batch_size", "epochs"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "it must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, name, value, "be at least 1")
         for name in ("student_temperature", "teacher_temperature", "lr"):
-            _require(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "it must be above 0 and finite")
+            value = getattr(self, name)
+            require(0 < value < float("inf"), name, value, "be above 0 and finite")
         for name in ("probs_momentum", "teacher_momentum"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "it must lie in [0, 1)")
-        _require("gamma", self.gamma, 0 < self.gamma <= 1, "it must lie in (0, 1]")
-        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "it must be at least 0")
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "lie in [0, 1)")
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "lie in (0, 1]")
+        require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "be at least 0")
         for name in ("warmup_epochs", "freeze_last_layer_epochs"):
-            bound = f"it must lie in [0, epochs] with epochs = {self.epochs}"
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= self.epochs, bound)
-
-
-def _require(name: str, value: float, holds: bool, bound: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; {bound}")
+            value = getattr(self, name)
+            require(0 <= value <= self.epochs, name, value, f"lie in [0, epochs] with epochs = {self.epochs}")

@@ -14,7 +14,7 @@ from cedm_ray.errors import require
 _GROWTH = 4  # no probe lies further than this factor above the largest C that was still used well
 _SAME = 0.02  # a probe this close to an earlier one, in ln C, repeats it with a new seed
 _LEFT, _RIGHT = 0.2, 0.8  # quantiles of C_max between which probes stand: readings on both sides tell the slopes
-_MAX_LOW = 6
+_MAX_LOW = 6  # cheap readings, however little they have told by then
 _LEAST = 2  # full readings, however sure the first one makes it
 
 

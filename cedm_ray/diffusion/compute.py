@@ -66,17 +66,14 @@ def decide(settings: ComputeSettings, device: torch.device) -> Compute:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"precision is bf16, which {name} does not compute; take --compute.precision fp16 or float32")
     best: Precision = "float32" if not on_gpu else "bf16" if has_bf16 else "fp16"
+    best_sampling: Precision = "fp16" if on_gpu else "float32"
     return Compute(
         precision=best if settings.precision == "auto" else settings.precision,
-        sample_precision=_sampling(on_gpu) if settings.sample_precision == "auto" else settings.sample_precision,
+        sample_precision=best_sampling if settings.sample_precision == "auto" else settings.sample_precision,
         channels_last=on_gpu if settings.channels_last is None else settings.channels_last,
         compile=on_gpu if settings.compile is None else settings.compile,
         device_batch=settings.device_batch,
     )
-
-
-def _sampling(on_gpu: bool) -> Precision:
-    return "fp16" if on_gpu else "float32"
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from cedm_ray.diffusion.blocks import Block
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.unet import Block
 
 CPU_BATCH = 64
 MOST_PIXELS = 1024 * 32 * 32  # of a batch: more do not make a GPU faster that has enough to do with these

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cedm_ray.diffusion.order import EpochOrder
+from cedm_ray.diffusion.order import EpochOrder, epoch_parts
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -93,12 +93,8 @@ class _DeviceOrder:
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     def take(self, start: int, count: int) -> Tensor:
-        parts = []
-        while count > 0:
-            epoch, first = divmod(start, self._order.num_images)
-            parts.append(self._shuffled(epoch)[first : first + count])
-            start += len(parts[-1])
-            count -= len(parts[-1])
+        epochs = epoch_parts(start, count, self._order.num_images)
+        parts = [self._shuffled(epoch)[places] for epoch, places in epochs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _shuffled(self, epoch: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The order in which training sees the images."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,13 +29,7 @@ class EpochOrder:
 
     def take(self, start: int, count: int) -> Tensor:
         """Images at positions ``start`` to ``start + count - 1``, shape ``(count,)``, int64 in ``[0, N)``."""
-        parts = []
-        while count > 0:
-            epoch, first = divmod(start, self.num_images)
-            part = self._shuffled(epoch)[first : first + count]
-            parts.append(part)
-            start += len(part)
-            count -= len(part)
+        parts = [self._shuffled(epoch)[places] for epoch, places in epoch_parts(start, count, self.num_images)]
         return torch.from_numpy(np.concatenate(parts))
 
     def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -41,3 +37,13 @@ class EpochOrder:
             self._permutation = numpy_stream(self.seed, Purpose.ORDER, epoch).permutation(self.num_images)
             self._epoch = epoch
         return self._permutation
+
+
+def epoch_parts(start: int, count: int, num_images: int) -> Iterator[tuple[int, slice]]:
+    """The epochs that positions ``start`` to ``start + count - 1`` fall into, each with the places within it."""
+    end = start + count
+    while start < end:
+        epoch, first = divmod(start, num_images)
+        stop = min(first + end - start, num_images)
+        yield epoch, slice(first, stop)
+        start += stop - first

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -85,39 +86,48 @@ class FittedChooser:
             may_start: Whether a new number of clusters may be started.
         """
         posterior = observed(self._model, runs, candidates, weights)
-        if posterior is None:
+        places = {c: i for i, c in enumerate(candidates)}
+        alive = [run for run in runs.in_state("running", "paused", "complete") if run.num_clusters in places]
+        if posterior is None or not alive:
             return None
-        by_clusters = {run.num_clusters: run for run in runs}
-        final = posterior.final
-        alive = {run.num_clusters for run in runs.in_state("running", "paused", "complete")}
-        tried = [i for i, c in enumerate(candidates) if c in alive]
-        top = min(tried, key=lambda i: final[i], default=None)
-        if top is None:
-            return None
-        top_run = by_clusters[candidates[top]]
-        finish = runs.total_kimg - top_run.charged_kimg
-        best: tuple[float, Proposal] | None = None
-        largest = 0.0
-        for i, c in enumerate(candidates):
-            run = by_clusters.get(c)
-            if (run is None and not may_start) or (run is not None and run.state != "paused"):
-                continue
-            reached = 0 if run is None else run.reached_kimg
-            for rung, kimg in enumerate(runs.rungs_kimg):
-                if kimg <= reached:
-                    continue
-                cost = kimg - reached
-                keep = finish - (cost if i == top else 0)
-                if cost + max(keep, 0) > left_kimg:
-                    break
-                gain = posterior.gain(i, rung)
-                largest = max(largest, gain)
-                value = gain / cost**0.5
-                if best is None or value > best[0]:
-                    best = value, (c if run is None else run, kimg)
-        if best is not None and largest > self._tolerance:
-            return best[1]
+        top = min(alive, key=lambda run: (posterior.final[places[run.num_clusters]], places[run.num_clusters]))
+        finish = runs.total_kimg - top.charged_kimg
+        affordable = [
+            leg
+            for leg in _possible_legs(runs, candidates, may_start=may_start)
+            if leg.kimg + max(finish - (leg.kimg if leg.what is top else 0), 0) <= left_kimg
+        ]
+        gains = [posterior.gain(leg.candidate, leg.rung) for leg in affordable]
+        if gains and max(gains) > self._tolerance:
+            values = [gain / leg.kimg**0.5 for gain, leg in zip(gains, affordable, strict=True)]
+            best = affordable[values.index(max(values))]
+            return best.what, runs.rungs_kimg[best.rung]
         # What looks best may look so for its early scores alone: it is trained on from rung to rung, to its end.
-        if finish and top_run.state == "paused" and finish <= left_kimg:
-            return top_run, runs.next_rung(top_run)
+        if finish and top.state == "paused" and finish <= left_kimg:
+            return top, runs.next_rung(top)
         return None
+
+
+@dataclass(frozen=True)
+class _PossibleLeg:
+    candidate: int
+    """Index of the number of clusters."""
+    rung: int
+    """Index of the rung at which it ends."""
+    kimg: int
+    """What it costs."""
+    what: int | Run
+    """The number of clusters to start, or the run to go on with."""
+
+
+def _possible_legs(runs: Runs, candidates: Sequence[int], *, may_start: bool) -> Iterator[_PossibleLeg]:
+    """To every later rung, of each run that is paused and of each number of clusters that has no run."""
+    by_clusters = {run.num_clusters: run for run in runs}
+    for candidate, num_clusters in enumerate(candidates):
+        run = by_clusters.get(num_clusters)
+        if (run is None and not may_start) or (run is not None and run.state != "paused"):
+            continue
+        reached = 0 if run is None else run.reached_kimg
+        for rung, kimg in enumerate(runs.rungs_kimg):
+            if kimg > reached:
+                yield _PossibleLeg(candidate, rung, kimg - reached, num_clusters if run is None else run)

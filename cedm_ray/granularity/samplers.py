@@ -128,6 +128,8 @@ class OptunaSampler:
         self._kind, self._seed, self._space = kind, seed, dict(space or {})
 
     def propose(self, runs: Runs, candidates: Sequence[int], weights: Sequence[float]) -> Params | None:
+        if not self._space and all({"num_clusters": c} in runs for c in candidates):
+            return None  # known without fifty proposals, each of which takes TPE milliseconds
         found = self._unknown(self.study(runs, candidates, weights), runs, candidates, MAX_REPEATS)
         if found is not None:
             return found
@@ -164,7 +166,7 @@ class OptunaSampler:
         return study
 
     def _empty_study(self, kind: Literal["tpe", "random"], count: int) -> Any:
-        """With the random numbers of the so-manieth run."""
+        """A study without trials, whose random numbers are those of the proposal after ``count`` runs."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

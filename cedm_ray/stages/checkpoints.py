@@ -14,7 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cedm_ray.diffusion.state_io import read_ema, read_nimg, save_ema
-from cedm_ray.stages.bucket import fetch_files, keep_files, place
+from cedm_ray.stages.bucket import place
+from cedm_ray.stages.bucket_files import fetch_files, keep_files
 from cedm_ray.stages.store import read_json, write_json
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
 

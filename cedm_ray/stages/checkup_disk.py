@@ -19,7 +19,8 @@ from cedm_ray.features.open_clip_backbone import OPEN_CLIP, split_name
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.settings import SEARCHED
-from cedm_ray.stages.budget import Plan, workload
+from cedm_ray.stages.budget import workload
+from cedm_ray.stages.budget_plan import Plan
 from cedm_ray.stages.checkpoints import NEWEST_KEPT
 from cedm_ray.stages.checkup_finding import Finding, gigabytes
 from cedm_ray.stages.features import MAX_KEPT

@@ -18,11 +18,11 @@ from cedm_ray.metrics.dinov2 import check_dinov2
 from cedm_ray.metrics.inception import check_inception
 from cedm_ray.metrics.inception_weights import CANONICAL_NAME
 from cedm_ray.stages import images
-from cedm_ray.stages.budget import Plan, Speeds, workload
+from cedm_ray.stages.budget_plan import plan_of
 from cedm_ray.stages.checkup_disk import Pile
 from cedm_ray.stages.checkup_finding import Finding
 from cedm_ray.stages.checkup_web import answer_of
-from cedm_ray.stages.features import absolute
+from cedm_ray.stages.paths import absolute
 from cedm_ray.stages.preflight import check_inputs
 
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -168,9 +168,8 @@ def settings_findings(
             check_inputs(config, source)
             found.append(Finding("settings", "ok", "they fit the images, and the weights fit their networks"))
         if pile is not None:
-            work, storage = workload(config, has_labels=pile.has_labels), config.storage_path.expanduser().absolute()
-            speed = Speeds(storage, config, pile.resolution).known(gpus=config.resources.gpus_per_worker != 0)
-            Plan(config, work, speed, config.granularity.max_concurrent).check()
+            storage = config.storage_path.expanduser().absolute()
+            plan_of(config, storage, pile.resolution, has_labels=pile.has_labels).check()
     except UserError as error:
         found.append(Finding.refused("settings", error))
     return found

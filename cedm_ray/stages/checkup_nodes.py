@@ -18,8 +18,9 @@ from cedm_ray.stages.checkup_finding import Finding, merged
 from cedm_ray.stages.checkup_gpus import gpu_findings
 from cedm_ray.stages.checkup_look import Needs, look, shared_finding
 from cedm_ray.stages.checkup_storage import scratch_folder
-from cedm_ray.stages.cluster import connected, shares
-from cedm_ray.stages.features import absolute
+from cedm_ray.stages.cluster import connected
+from cedm_ray.stages.paths import absolute
+from cedm_ray.stages.shares import shares
 
 NODE_TIMEOUT_S = 120.0
 LARGE_CHECKPOINT = 100_000_000

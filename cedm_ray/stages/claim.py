@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages.bucket import address, copy_id, listed, place, read_object, remove_object, write_object
+from cedm_ray.stages.lock import in_words, this_driver
 
 CLAIMS = "drivers"
 """Folder of a run in the bucket with one object for each driver that claims it."""
@@ -74,10 +73,8 @@ class _Claim:
     def __init__(self, folder: Path, expire_s: float) -> None:
         self._folder, self._expire_s = folder / CLAIMS, expire_s
         self.file = self._folder / f"{uuid.uuid4().hex}.json"
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         self._copy = copy_id(folder.parent)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "copy": self._copy}
-        self._said = json.dumps(owner).encode()
+        self._said = json.dumps({**this_driver(), "copy": self._copy}).encode()
         self._renewed_s = 0.0
 
     def take(self) -> None:
@@ -87,8 +84,8 @@ class _Claim:
             return
         remove_object(self.file)
         raise UserError(
-            f"{address(self._folder.parent)} belongs to {_owner(other)}; wait for it or end it first (the claim of a "
-            f"search that was killed ends after {self._expire_s:g} s)"
+            f"{address(self._folder.parent)} belongs to {in_words(_read(other))}; wait for it or end it first (the "
+            f"claim of a search that was killed ends after {self._expire_s:g} s)"
         )
 
     def renew(self) -> bool:
@@ -128,10 +125,3 @@ def _read(claim: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _owner(claim: Path) -> str:
-    owner = _read(claim)
-    if not {"pid", "host", "since"} <= owner.keys():
-        return "another search that runs"
-    return f"the search of process {owner['pid']} on {owner['host']}, which runs since {owner['since']}"

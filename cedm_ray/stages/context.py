@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import PackedImages
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.shares import Shares
 from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.store import Store
 from cedm_ray.stages.terminal import Terminal

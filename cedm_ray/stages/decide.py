@@ -11,7 +11,7 @@ from statistics import fmean, geometric_mean
 from cedm_ray.config import SearchConfig
 from cedm_ray.granularity.decision import TieSet, Trained, pareto_front, tie_set
 from cedm_ray.settings import SEARCHED
-from cedm_ray.stages.budget import Account
+from cedm_ray.stages.account import Account
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.ledger import Ledger

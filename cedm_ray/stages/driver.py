@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cedm_ray.config import SearchConfig, fingerprint_tree
 from cedm_ray.data.pack import load_packed
-from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
-from cedm_ray.stages.budget import Plan, Speeds, workload
+from cedm_ray.stages.budget_plan import plan_of
 from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.checkup_disk import Pile, still_needed
 from cedm_ray.stages.checkup_finding import gigabytes
+from cedm_ray.stages.detectors import check_detectors
 from cedm_ray.stages.disk_faults import find_fault
-from cedm_ray.stages.features import check_detectors
 from cedm_ray.stages.images import open_images, pack_images
 from cedm_ray.stages.leftovers import remove_leftovers
 from cedm_ray.stages.lock import owned
@@ -26,8 +27,8 @@ from cedm_ray.stages.mirror import Mirror
 from cedm_ray.stages.noise import noise_to
 from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal, shown
 from cedm_ray.stages.preflight import check_inputs
-from cedm_ray.stages.progress import PlanFacts
-from cedm_ray.stages.result import SearchResult, print_pairs, read_result
+from cedm_ray.stages.result import SearchResult
+from cedm_ray.stages.result_io import read_result
 from cedm_ray.stages.stopping import Signals
 from cedm_ray.stages.storage_errors import Need, told_clearly
 from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
@@ -58,12 +59,10 @@ def run(config: SearchConfig, terminal: Terminal | None = None, signals: Signals
         Stopped: If ``terminal.stopping`` was asked; the same call goes on.
     """
     terminal = terminal or Terminal()
-    source = open_images(config)
-    weights_hash = check_backbone(config.backbone, config.backbone_weights)
-    detector_hashes = check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)
+    subject = _Subject.of(config)
+    source = subject.source
     storage = prepare_storage(config.storage_path)
-    inputs = {"settings": fingerprint_tree(config), "images": source.fingerprint, "weights": weights_hash}
-    key = key_of({**inputs, "detectors": detector_hashes, "files": file_hashes(config)})
+    key = subject.key(config)
     folder = storage / f"{source.name}-{key[:8]}"
     mirror = Mirror(folder)
     mirror.fetch()
@@ -84,7 +83,36 @@ def run(config: SearchConfig, terminal: Terminal | None = None, signals: Signals
     driving = mirror.driving(terminal.line)
     with told_clearly(storage, need), owned(folder), driving, quiet, terminal.shown(), warned(terminal), handled:
         write_json(folder / "config.json", settings_of(config))
-        return _search(config, key, source, weights_hash, detector_hashes, folder, terminal, signals)
+        return _search(config, subject, key, folder, terminal, signals)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is looked at, and by which models."""
+
+    source: ImageSource
+    weights_hash: str
+    """What identifies the backbone's weights."""
+    detector_hashes: dict[str, str]
+    """What identifies the weights of the detectors that are not of this search's own making."""
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> _Subject:
+        """What the settings name.
+
+        Raises:
+            UserError: If images or weights are not to be had.
+        """
+        return cls(
+            open_images(config),
+            check_backbone(config.backbone, config.backbone_weights),
+            check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights),
+        )
+
+    def key(self, config: SearchConfig) -> str:
+        """What tells a search from others: everything that decides its result."""
+        inputs = {"settings": fingerprint_tree(config), "images": self.source.fingerprint, "weights": self.weights_hash}
+        return key_of({**inputs, "detectors": self.detector_hashes, "files": file_hashes(config)})
 
 
 def _still_needed(config: SearchConfig, source: ImageSource, storage: Path) -> Need:
@@ -106,43 +134,10 @@ def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None
             terminal.line(f"  {finding.name}: {finding.text}" + (f"; {finding.fix}" if finding.fix else ""))
 
 
-def dry_run(config: SearchConfig, terminal: Terminal) -> None:
-    """Print what a search would train and what that would take; nothing is started, downloaded or written.
-
-    Raises:
-        UserError: If the settings cannot work, or if the budget is too small for a single training.
-    """
-    resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
-    name, note = config.dataset, "the images are not there yet"
-    try:
-        source = open_images(config, download=False)
-    except UserError:
-        if not resolution:
-            raise
-    else:
-        resolution, has_labels = source.resolution, source.num_classes is not None
-        name, note = source.name, f"{len(source):,} images"
-    plan = plan_of(config, config.storage_path.expanduser().absolute(), resolution, has_labels=has_labels)
-    plan.check()
-    said = f"plan for {name}, {note} (nothing is started)"
-    if terminal.mode == "json":
-        terminal.tell(said, PlanFacts(tuple(plan.lines())))
-        return
-    terminal.console.print(said)
-    print_pairs(plan.lines(), terminal.console)
-
-
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The settings as they are kept and logged: as plain JSON values, and without a name and a password in a URI."""
     tree = config.model_dump(mode="json")
     return {**tree, "tracking_uri": tree["tracking_uri"] and shown(tree["tracking_uri"])}
-
-
-def plan_of(config: SearchConfig, storage: Path, resolution: int, *, has_labels: bool) -> Plan:
-    """What a search of such images is going to train, as far as that is known before the cluster is."""
-    work = workload(config, has_labels=has_labels)
-    known = Speeds(storage, config, resolution).known(gpus=config.resources.gpus_per_worker != 0)
-    return Plan(config, work, known, config.granularity.max_concurrent)
 
 
 def file_hashes(config: SearchConfig) -> dict[str, str]:
@@ -160,21 +155,18 @@ def file_hashes(config: SearchConfig) -> dict[str, str]:
 
 def _search(
     config: SearchConfig,
+    subject: _Subject,
     key: str,
-    source: ImageSource,
-    weights_hash: str,
-    detector_hashes: dict[str, str],
     folder: Path,
     terminal: Terminal,
     signals: Signals | None,
 ) -> SearchResult:
-    """Open what a search needs (packed images, MLflow, Ray), and close its run in MLflow whatever happens."""
+    """Open what a search needs (packed images, MLflow, Ray), and go through its stages."""
     # Ray and MLflow take seconds to import, which a search that is done does not need.
     from cedm_ray.stages.board import Board
     from cedm_ray.stages.cluster import connected
     from cedm_ray.stages.context import Context
     from cedm_ray.stages.pipeline import find_visual_groups
-    from cedm_ray.stages.tracking import CLOSE_WAIT_S, flat
     from cedm_ray.stages.waiting import watched
 
     storage = folder.parent
@@ -183,35 +175,47 @@ def _search(
     left, size = remove_leftovers(store.root)
     if left:
         terminal.line(f"removed what killed processes had left unfinished in the store: {gigabytes(size)}")
-    images = pack_images(source, store, terminal, config.on_bad_image)
+    images = pack_images(subject.source, store, terminal, config.on_bad_image)
     packed = load_packed(images)
-    tracker = _tracker(config, source.name, folder, terminal)
-    tags = {"stage": "search", "dataset": source.name, "state": "running", "skipped_images": packed.facts.skipped}
+    with (
+        _tracked(config, key, subject.source.name, folder, terminal, packed.facts.skipped) as tracker,
+        ExitStack() as stack,
+    ):
+        with terminal.stage("starting Ray"):
+            shares = stack.enter_context(connected(config))
+        if signals is not None:
+            signals.install()  # Ray takes SIGTERM when it starts
+        ctx = Context(
+            config=config,
+            folder=folder,
+            store=store,
+            images=images,
+            packed=packed,
+            weights_hash=subject.weights_hash,
+            detector_hashes=subject.detector_hashes,
+            terminal=terminal,
+            tracker=tracker,
+            shares=shares,
+            board=Board(),
+        )
+        with watched(terminal, ctx.board, shares):
+            return find_visual_groups(ctx)
+
+
+@contextmanager
+def _tracked(
+    config: SearchConfig, key: str, name: str, folder: Path, terminal: Terminal, skipped: int
+) -> Iterator[Tracker]:
+    """MLflow with the search's own run open; it is closed whatever happens, and says how the search has ended."""
+    from cedm_ray.stages.tracking import CLOSE_WAIT_S, flat
+
+    tracker = _tracker(config, name, folder, terminal)
+    tags = {"stage": "search", "dataset": name, "state": "running", "skipped_images": skipped}
     run_id, state, wait_s = "", "interrupted", CLOSE_WAIT_S
     try:
         run_id = tracker.start(key, folder.name, flat(settings_of(config)), tags)
-        with ExitStack() as stack:
-            with terminal.stage("starting Ray"):
-                shares = stack.enter_context(connected(config))
-            if signals is not None:
-                signals.install()  # Ray takes SIGTERM when it starts
-            ctx = Context(
-                config=config,
-                folder=folder,
-                store=store,
-                images=images,
-                packed=packed,
-                weights_hash=weights_hash,
-                detector_hashes=detector_hashes,
-                terminal=terminal,
-                tracker=tracker,
-                shares=shares,
-                board=Board(),
-            )
-            with watched(terminal, ctx.board, shares):
-                result = find_visual_groups(ctx)
+        yield tracker
         state = "complete"
-        return result
     except Exception as error:
         if find_fault(error) is None:
             state = "failed"

@@ -23,10 +23,11 @@ from cedm_ray.features.neighbors import search_neighbors
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.settings import EmbedSettings
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.bucket import address, fetch_files, forget_files
+from cedm_ray.stages.bucket import address
 from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.bucket_files import fetch_files, forget_files
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.features import absolute
+from cedm_ray.stages.paths import absolute
 from cedm_ray.stages.read_images import read_images
 from cedm_ray.stages.store import Store
 

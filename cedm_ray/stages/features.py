@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,112 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
-from cedm_ray.errors import UserError
-from cedm_ray.features.backbones import BackboneSpec
-from cedm_ray.metrics.detectors import Detector, FunctionDetector, features_and_logits
-from cedm_ray.metrics.dinov2 import check_dinov2, load_dinov2
+from cedm_ray.metrics.detectors import Detector, features_and_logits
 from cedm_ray.metrics.frechet import FeatureSums
-from cedm_ray.metrics.inception import check_inception, load_inception
-from cedm_ray.metrics.lenet import load_lenet, save_lenet, train_lenet
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_sums, save_sums
-from cedm_ray.settings import DetectorName
 from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.detectors import DetectorSpec, detector_facts
+from cedm_ray.stages.images import images_here
 from cedm_ray.stages.store import Store
 
 FEATURES_FILE, LOGITS_FILE, SUMS_FILE = "features.npy", "logits.npy", "sums.safetensors"
-LENET_FILE = "lenet.safetensors"
 PART = 2500
-MAX_KEPT = 100_000  # images of a data set whose features are kept; of larger ones only sums are
+"""Images whose features are one entry of the store."""
+MAX_KEPT = 100_000
+"""Images of a data set whose features are kept; of larger ones only sums are."""
 NUM_SUM_PARTS = 32
+"""Entries of a larger data set."""
 BATCH = 64
-
-
-def load_detectors(names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None) -> None:
-    """Load the detectors that need weight files once, so that what does not fit is found before hours are spent.
-
-    Raises:
-        UserError: If weights cannot be had or do not fit.
-    """
-    files = {"inception": detector_weights, "dinov2": dinov2_weights}
-    for name in names:
-        if name in files:
-            DetectorSpec(name, absolute(files[name]), "").load(torch.device("cpu"))
-
-
-def check_detectors(
-    names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None
-) -> dict[str, str]:
-    """Refuse detectors whose weights cannot be had, without building any.
-
-    Args:
-        names: The wanted detectors.
-        detector_weights: File with Inception's weights; None for the canonical ones.
-        dinov2_weights: File with DINOv2's weights; None for timm's.
-
-    Returns:
-        What identifies the weights of each that comes from a file or the network.
-
-    Raises:
-        UserError: If weights are missing, unreachable or no such weights.
-    """
-    checks = {
-        "inception": lambda: check_inception(absolute(detector_weights)),
-        "dinov2": lambda: check_dinov2(absolute(dinov2_weights)),
-    }
-    return {name: checks[name]() for name in names if name in checks}
-
-
-def absolute(path: Path | None) -> Path | None:
-    """The same file for a process in another folder."""
-    return None if path is None else path.expanduser().absolute()
-
-
-@dataclass(frozen=True)
-class DetectorSpec:
-    """A detector, small enough to travel to every process that loads it."""
-
-    name: DetectorName
-    weights: Path | None
-    """File with its weights; None for the canonical ones."""
-    weights_hash: str
-    backbone: BackboneSpec | None = None
-
-    def load(self, device: torch.device) -> Detector:
-        """The detector, on a device."""
-        if self.name == "inception":
-            return load_inception(self.weights, device=device)
-        if self.name == "dinov2":
-            return load_dinov2(self.weights, device=device)
-        if self.name == "lenet" and self.weights is not None:
-            return load_lenet(here(self.weights), device=device)
-        if self.backbone is None:
-            raise ValueError(f"detector {self.name} has neither weights nor a backbone")
-        backbone = self.backbone.load(device)
-        return FunctionDetector(
-            backbone.name, backbone.dim, backbone, resize=backbone.resize, weights_hash=self.weights_hash
-        )
-
-
-def lenet_spec(images: Path, store: Store) -> DetectorSpec:
-    """The classifier of a labelled toy set as a detector, from the store or trained now.
-
-    Raises:
-        UserError: If the images have no labels.
-    """
-    packed = _packed(images)
-    inputs: dict[str, Any] = {"images": packed.facts.pixels_sha256, "detector": "lenet", "seed": 0}
-    path = store.path("detectors", inputs)
-    if store.facts(path) is None:
-        torch.set_num_threads(1)  # one number of threads everywhere: the same weights from the same machine
-        labels = packed.labels()
-        if labels is None or packed.num_classes is None:
-            raise UserError("detector lenet is trained on labels, and these images have none; name another detector")
-        pixels = torch.from_numpy(np.array(packed.images))
-        lenet = train_lenet(pixels, torch.from_numpy(labels), packed.num_classes, seed=0)
-        with store.create(path, inputs, {"weights_hash": lenet.weights_hash}) as scratch:
-            save_lenet(lenet, scratch / LENET_FILE)
-    return DetectorSpec("lenet", path / LENET_FILE, (store.facts(path) or {})["weights_hash"])
 
 
 @dataclass(frozen=True)
@@ -135,18 +45,18 @@ class FeatureParts:
     @property
     def kept(self) -> bool:
         """Whether features are kept, not just their sums."""
-        return len(_packed(self.images)) <= MAX_KEPT
+        return len(images_here(self.images)) <= MAX_KEPT
 
     def bounds(self) -> list[tuple[int, int]]:
         """First image of each part, and the one after its last; they do not depend on the number of workers."""
-        num_images = len(_packed(self.images))
+        num_images = len(images_here(self.images))
         size = PART if num_images <= MAX_KEPT else -(-num_images // NUM_SUM_PARTS)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def inputs(self, bounds: tuple[int, int]) -> dict[str, Any]:
         """What a part is made from."""
         return {
-            "images": _packed(self.images).facts.pixels_sha256,
+            "images": images_here(self.images).facts.pixels_sha256,
             "detector": self.spec.name,
             "backbone": self.spec.backbone.name if self.spec.backbone else None,
             "weights": self.spec.weights_hash,
@@ -171,7 +81,7 @@ class FeatureParts:
             device: Where it computes.
             on_images: Is told how many more images are done.
         """
-        packed, path, facts = _packed(self.images), self.path(bounds), {"made_by": detector_facts(detector)}
+        packed, path, facts = images_here(self.images), self.path(bounds), {"made_by": detector_facts(detector)}
         features, logits, sums = [], [], FeatureSums(detector.dim, device=device)
         for start in range(*bounds, BATCH):
             block = torch.from_numpy(packed.read(start, min(start + BATCH, bounds[1]))).to(device)
@@ -213,7 +123,7 @@ class FeatureParts:
 
     def stats_facts(self) -> StatsFacts:
         """The same with the number of images."""
-        return StatsFacts(**self.facts(), count=len(_packed(self.images)))
+        return StatsFacts(**self.facts(), count=len(images_here(self.images)))
 
     def stats(self) -> FeatureStats:
         """Mean and covariance over all images: merged in the order of the images, whoever made the parts."""
@@ -224,29 +134,9 @@ class FeatureParts:
                 sums.update(torch.from_numpy(_read(path / FEATURES_FILE)))
             else:
                 sums.merge(load_sums(here(path / SUMS_FILE)))
-        return stats_of(sums, self.facts())
-
-
-def _packed(images: Path) -> PackedImages:
-    return load_packed(here(images / IMAGES).parent)
+        return FeatureStats(*sums.mean_cov(), StatsFacts(**self.facts(), count=int(sums.count)))
 
 
 def _read(file: Path) -> NDArray[np.float32]:
     found: NDArray[np.float32] = np.load(here(file), allow_pickle=False)
     return found
-
-
-def detector_facts(detector: Detector, dtype: str = "float32") -> dict[str, Any]:
-    """What makes two scores of a detector comparable, but for the number of images."""
-    return {
-        "detector": detector.name,
-        "weights_hash": detector.weights_hash,
-        "resize": detector.resize,
-        "dtype": dtype,
-        "dim": detector.dim,
-    }
-
-
-def stats_of(sums: FeatureSums, facts: dict[str, Any]) -> FeatureStats:
-    """Statistics from sums, with their facts."""
-    return FeatureStats(*sums.mean_cov(), StatsFacts(**facts, count=int(sums.count)))

@@ -18,13 +18,15 @@ from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, score_of
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
-from cedm_ray.stages.bucket import fetch_files
+from cedm_ray.stages.bucket_files import fetch_files
 from cedm_ray.stages.checkpoints import intact, whole
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.decide import Decision
+from cedm_ray.stages.detectors import DetectorSpec
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.export import export_model
-from cedm_ray.stages.features import DetectorSpec, FeatureParts
+from cedm_ray.stages.exported import EXPORT_FOLDER
+from cedm_ray.stages.features import FeatureParts
 from cedm_ray.stages.images import pack_images
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.plan import TrialJob
@@ -34,7 +36,6 @@ from cedm_ray.stages.store import Store, read_json, write_json
 from cedm_ray.stages.trials import TrialSource, tune_trials
 from cedm_ray.stages.worker import samples_stats_file
 
-EXPORT_FOLDER = "export"
 EVALUATION_FILE = "evaluation.json"
 
 

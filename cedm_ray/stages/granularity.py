@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from cedm_ray.config import Choice, Domain, SearchConfig
-from cedm_ray.granularity.decision import disagreement, rank_agreement
+from cedm_ray.config import SearchConfig
+from cedm_ray.domains import Choice, Domain
+from cedm_ray.granularity.rank_agreement import disagreement, rank_agreement
 from cedm_ray.granularity.search import GranularitySearch, SearchPlan
-from cedm_ray.stages.budget import Account, mimg
+from cedm_ray.stages.account import Account
+from cedm_ray.stages.budget import mimg
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.progress import duration
-from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.trials import TrialSource, tune_trials
 from cedm_ray.stages.waiting import Places
 
@@ -29,9 +30,7 @@ def grid(points: range, count: int) -> tuple[int, ...]:
     return tuple(sorted({round(float(point)) for point in spaced}))
 
 
-def search_granularity(
-    ctx: Context, ledger: Ledger, points: range, embeddings: Embeddings, account: Account
-) -> list[TrialRecord]:
+def search_granularity(ctx: Context, ledger: Ledger, points: range, embeddings: Embeddings, account: Account) -> None:
     """Train C-EDM for numbers of clusters and for the baselines; what is done already is not repeated.
 
     Args:
@@ -40,13 +39,9 @@ def search_granularity(
         points: Numbers of clusters to search over; empty where the grouping has no C to search over.
         embeddings: The embeddings and their neighbours.
         account: What may be trained.
-
-    Returns:
-        The records of all trials, baselines first.
     """
     config = ctx.config
-    records = ledger.records
-    complete = [record.params for record in records if record.state == "complete"]
+    complete = [record.params for record in ledger.records if record.state == "complete"]
     given = [params for params in ledger.planner.fixed() if params not in complete]
     search = make_search(config, grid(points, config.granularity.grid_points), account) if points else None
     if search is not None:
@@ -68,7 +63,6 @@ def search_granularity(
         tune_trials(ctx, ledger, "granularity", embeddings, source, at_once=places)
     if points:
         ledger.close_left(config.grouping)
-    return ledger.records
 
 
 def trials_at_once(ctx: Context) -> int:

@@ -22,18 +22,18 @@ from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
 from cedm_ray.clustering.types import Clustering
 from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
-from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
+from cedm_ray.data.pack import PackedImages
 from cedm_ray.features.backbones import BackboneSpec, check_backbone
 from cedm_ray.features.neighbors import faiss_device
 from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
 from cedm_ray.report.mosaic import cluster_mosaic
 from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
-from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
 from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE
-from cedm_ray.stages.features import absolute
+from cedm_ray.stages.images import images_here
+from cedm_ray.stages.paths import absolute
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import file_sha256
@@ -109,7 +109,7 @@ def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -
         )
     else:
         clustering, heads, head = _temi(job, embeddings, board)
-    packed = load_packed(here(job.images / IMAGES).parent)
+    packed = images_here(job.images)
     seconds = time.monotonic() - started_s
     return keep(clustering, job.path, job.inputs, store, packed, head, head_utilization=heads, seconds=seconds)
 

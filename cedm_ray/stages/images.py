@@ -12,7 +12,7 @@ from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
-from cedm_ray.stages.bucket_entries import fetch_entry, keep_entry
+from cedm_ray.stages.bucket_entries import fetch_entry, here, keep_entry
 from cedm_ray.stages.store import Store, read_json, set_aside, write_json
 from cedm_ray.stages.terminal import Terminal
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
@@ -67,6 +67,11 @@ def pack_images(
     if packed.facts.skipped:
         terminal.line(f"{packed.facts.skipped:,} bad images were left out; they are listed in {path / 'skipped.txt'}")
     return path
+
+
+def images_here(folder: Path) -> PackedImages:
+    """The packed images in a folder, which are brought to this node first where they are not on it."""
+    return load_packed(here(folder / IMAGES).parent)
 
 
 def _packed(path: Path) -> PackedImages | None:

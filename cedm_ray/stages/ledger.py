@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +10,15 @@ from typing import Any
 from cedm_ray.metrics.scores import series_name
 from cedm_ray.stages.checkpoints import SAMPLES_FILE, intact
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.driver_only import DriverCallback
-from cedm_ray.stages.interruptions import FAILED
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.probes import track_clustering
 from cedm_ray.stages.progress import TrialFacts
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
-from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.store import Store, read_json, write_json
 
 RUNG_NAMES = (
     "kimg", "nimg", "loss", "images_per_s", "score", "num_images", "score_s", "score_sets", "final_scores",
-    "final_images", "device_hours", "device", "energy_kwh", "precision", "sample_precision",
-    "device_batch",
+    "final_images", "device_hours", "device", "energy_kwh", "precision", "sample_precision", "device_batch",
 )  # fmt: skip
 LOGGED = ("nimg", "loss", "images_per_s", "score_s", "device_hours", "energy_kwh")
 
@@ -95,7 +90,7 @@ class Ledger:
         record = replace(record or new_record(job, params), state="running", reason=None)
         write_record(job.path, record)
         text = f"  {job.label}: {'goes on' if record.rungs else 'starts'}"
-        self._terminal.line(text, facts=self._facts_of(job, record))
+        self._terminal.line(text, facts=self._trial_facts(job, record))
 
     def add(self, params: Mapping[str, Any], result: Mapping[str, Any], *, stored: bool = False) -> None:
         """A trial reports, or a report is taken from the store (``stored``), which is new to this search."""
@@ -104,7 +99,7 @@ class Ledger:
         rung = {name: result[name] for name in (*RUNG_NAMES, *metrics, "checkpoint_path") if name in result}
         record = read_record(job.path) or new_record(job, params)
         old = {each["kimg"]: each for each in record.rungs}.get(rung["kimg"], {})
-        quality = self._quality(job)
+        quality = _quality(job)
         record = replace(record.with_rung({**old, **rung}), utilization_ratio=quality["utilization_ratio"])
         values: dict[str, float] = {name: rung[name] for name in LOGGED if rung.get(name) is not None}
         # The count is part of a series' name: scores of different counts never share a chart.
@@ -116,7 +111,7 @@ class Ledger:
             said = ", ".join(f"{metric} {rung[metric]:.4g}" for metric in metrics)
             source = "from the store" if stored else f"{rung['images_per_s']:,.0f} images/s"
             text = f"  {job.label}: {rung['kimg']:,} kimg, {said}, {source}"
-            self._terminal.line(text, facts=self._facts_of(job, record))
+            self._terminal.line(text, facts=self._trial_facts(job, record))
         self.on_change()
 
     def pause(self, params: Mapping[str, Any]) -> None:
@@ -131,7 +126,7 @@ class Ledger:
         self._off_board(job)
         self._tracker.child(job.key, job.label, {}, {"state": "paused", "rung_kimg": reached})
         write_record(job.path, record)
-        self._terminal.line(f"  {job.label}: paused at {reached:,} kimg", facts=self._facts_of(job, record))
+        self._terminal.line(f"  {job.label}: paused at {reached:,} kimg", facts=self._trial_facts(job, record))
         self.on_change()
 
     def leave(self, params: Mapping[str, Any]) -> None:
@@ -148,7 +143,7 @@ class Ledger:
         self._off_board(job)
         self._tracker.end(self._run(job), "interrupted", {"rung_kimg": reached})
         if told:
-            facts = replace(self._facts_of(job, record), state="interrupted")
+            facts = replace(self._trial_facts(job, record), state="interrupted")
             self._terminal.line(f"  {job.label}: left at {reached:,} kimg", facts=facts)
 
     def _off_board(self, job: TrialJob) -> None:
@@ -176,7 +171,7 @@ class Ledger:
         write_record(job.path, record)
         tell = self._terminal.tell if state == "complete" else self._terminal.line
         text = f"  {job.label}: {state} at {reached:,} kimg{f', {reason}' if reason else ''}"
-        tell(text, facts=self._facts_of(job, record))
+        tell(text, facts=self._trial_facts(job, record))
         self.on_change()
 
     def close_left(self, grouping: str) -> None:
@@ -185,7 +180,7 @@ class Ledger:
             if record.grouping == grouping and record.state in ("paused", "running"):
                 self.close(record.params)
 
-    def _facts_of(self, job: TrialJob, record: TrialRecord) -> TrialFacts:
+    def _trial_facts(self, job: TrialJob, record: TrialRecord) -> TrialFacts:
         """A trial as it stands, for the table of trials and for programs."""
         metrics, last = self.planner.scoring.metrics, record.rungs[-1] if record.rungs else {}
         scores = {metric: float(last[metric]) for metric in metrics if last.get(metric) is not None}
@@ -195,25 +190,10 @@ class Ledger:
     def _run(self, job: TrialJob) -> str:
         return self._tracker.child(job.key, job.label, {}, {})
 
-    @staticmethod
-    def _quality(job: TrialJob) -> dict[str, float]:
-        """How the clustering behind a trial uses its clusters and, where there are labels, agrees with them."""
-        if job.condition is None:
-            return {"num_used": 1.0, "utilization_ratio": 1.0, "kl_from_uniform": 0.0}
-        return {name: float(value) for name, value in Ledger._facts(job.condition)["quality"].items()}
-
-    @staticmethod
-    def _facts(condition: Path) -> dict[str, Any]:
-        """The facts of a stored clustering."""
-        facts = Store(condition.parents[2]).facts(condition.parent)
-        if facts is None:
-            raise RuntimeError(f"{condition.parent} is not whole; remove that folder and run again")
-        return facts
-
     def _artifacts(self, job: TrialJob, record: TrialRecord) -> None:
         run = self._run(job)
         if job.condition is not None and job.condition.is_file():
-            track_clustering(self._tracker, run, job.condition, self._facts(job.condition))
+            track_clustering(self._tracker, run, job.condition, _clustering_facts(job.condition))
         newest = record.rungs[-1].get("checkpoint_path") if record.rungs else None
         if newest and intact(Path(newest), SAMPLES_FILE):
             self._tracker.artifact(run, Path(newest) / SAMPLES_FILE)
@@ -229,37 +209,16 @@ def _reached(record: TrialRecord) -> int:
     return int(record.rungs[-1]["kimg"]) if record.rungs else 0
 
 
-class LedgerCallback(DriverCallback):
-    """Tells the ledger what Tune hears; runs in the driver alone."""
-
-    def __init__(self, ledger: Ledger, stopping: Stopping | None = None) -> None:
-        self._ledger, self._stopping = ledger, stopping or Stopping()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ledger.open(trial.config)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **info: Any
-    ) -> None:
-        if FAILED in result:
-            self._ledger.close(trial.config, reason=result[FAILED])
-        else:
-            self._ledger.add(trial.config, result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._stopping.asked:
-            self._ledger.leave(trial.config)
-        else:
-            self._ledger.close(trial.config)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ledger.close(trial.config, reason=_reason(Path(trial.error_file)))
+def _quality(job: TrialJob) -> dict[str, float]:
+    """How the clustering behind a trial uses its clusters and, where there are labels, agrees with them."""
+    if job.condition is None:
+        return {"num_used": 1.0, "utilization_ratio": 1.0, "kl_from_uniform": 0.0}
+    return {name: float(value) for name, value in _clustering_facts(job.condition)["quality"].items()}
 
 
-def _reason(error_file: Path) -> str:
-    """What went wrong, from the traceback that Tune wrote: the last line that names an error."""
-    if not error_file.is_file():
-        return f"no reason given; Tune looked for it in {error_file}"
-    lines = [line.strip() for line in error_file.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["no reason given"])[-1][:300]
+def _clustering_facts(condition: Path) -> dict[str, Any]:
+    """The facts of a stored clustering, by its file."""
+    facts = Store(condition.parents[2]).facts(condition.parent)
+    if facts is None:
+        raise RuntimeError(f"{condition.parent} is not whole; remove that folder and run again")
+    return facts

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages.store import read_json
@@ -32,14 +33,14 @@ def owned(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} belongs to {_owner(folder)}; wait for it or end it first") from None
+            owner = in_words(read_json(folder / LOCK_FILE))
+            raise UserError(f"{folder} belongs to {owner}; wait for it or end it first") from None
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be locked ({error.strerror}); give a --storage-path on a file system with flock"
             ) from error
         handle.truncate(0)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-        handle.write(json.dumps(owner))
+        handle.write(json.dumps(this_driver()))
         handle.flush()
         try:
             yield
@@ -47,8 +48,13 @@ def owned(folder: Path) -> Iterator[None]:
             handle.truncate(0)
 
 
-def _owner(folder: Path) -> str:
-    owner = read_json(folder / LOCK_FILE)
+def this_driver() -> dict[str, Any]:
+    """What a driver says of itself where it holds a folder: its host, its process, and since when it does."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+
+
+def in_words(owner: object) -> str:
+    """What a driver has said of itself, for an error's line; whatever was read may be given."""
     if not isinstance(owner, dict) or not {"pid", "host", "since"} <= owner.keys():
         return "another search that runs"
     return f"the search of process {owner['pid']} on {owner['host']}, which runs since {owner['since']}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages import bucket
+from cedm_ray.stages.bucket_files import fetch_file, keep_file
 from cedm_ray.stages.claim import CLAIMS, claimed
 
 PUSH_S = 5.0
@@ -26,7 +27,6 @@ LAST = ("result.json",)
 LOCAL = ("ray", CLAIMS, "driver.lock", CACHE_FILE)
 """What of a run's folder is of no use elsewhere: Tune's own records, and what says who runs."""
 _PATHS_INSIDE = (".json", ".jsonl")
-_THREADS = 8
 
 Stamp = tuple[int, int]
 
@@ -65,7 +65,7 @@ class Mirror:
             found |= {folder / name for name in bucket.listed(folder)}
         if bucket.exists(self.root / DATABASE):
             found.add(self.root / DATABASE)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(bucket.THREADS) as pool:
             list(pool.map(self._bring, sorted(found)))
 
     def own(self) -> None:
@@ -83,7 +83,7 @@ class Mirror:
             return 0
         last = [self.run / name for name in LAST if (self.run / name).is_file()]  # before the others are looked for
         changed = {file: stamp for file in self._files() if (stamp := _stamp(file)) != self._pushed.get(file) and stamp}
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(bucket.THREADS) as pool:
             list(pool.map(self._send, (file for file in changed if file.name not in LAST)))
         for file in last:
             if file in changed:
@@ -160,10 +160,10 @@ class Mirror:
         elif file.suffix in _PATHS_INSIDE:  # paths are the bucket's there, for whoever reads them
             bucket.write_object(file, file.read_text(encoding="utf-8").replace(self._here, self._there).encode())
         else:
-            bucket.keep_file(file)
+            keep_file(file)
 
     def _bring(self, file: Path) -> None:
-        bucket.fetch_file(file)
+        fetch_file(file)
         if file.suffix in _PATHS_INSIDE:
             text = file.read_text(encoding="utf-8")
             file.write_text(text.replace(self._there, self._here), encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from cedm_ray.settings import SEARCHED
+
 FILES = {
     "model.safetensors": "the averaged weights (EMA), float32",
     "model.json": "how the network is built, what it was trained on, its scores: all figures of this page",
@@ -13,7 +15,6 @@ FILES = {
     "pixels.safetensors": "mean and standard deviation of the pixels: they turn an image into its embedding",
     "samples.png": "samples: the first images of the seed",
 }
-CLUSTERED = ("temi", "kmeans")
 
 
 def model_card(model: Mapping[str, Any], files: Collection[str]) -> str:
@@ -52,7 +53,7 @@ def _title(model: Mapping[str, Any]) -> str:
 
 
 def _searched(model: Mapping[str, Any]) -> bool:
-    return model["grouping"] in CLUSTERED
+    return model["grouping"] in SEARCHED
 
 
 def _conditioning(model: Mapping[str, Any]) -> str:

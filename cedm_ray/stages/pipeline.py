@@ -8,8 +8,10 @@ from typing import Any
 
 from cedm_ray.clustering.knn_accuracy import knn_accuracy
 from cedm_ray.errors import UserError
+from cedm_ray.granularity.budget import Workload
 from cedm_ray.settings import SEARCHED
-from cedm_ray.stages.budget import Account, Speeds, Spent, costs, workload
+from cedm_ray.stages.account import Account
+from cedm_ray.stages.budget import Spent, costs, workload
 from cedm_ray.stages.confidence import make_confidence
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.decide import Decision, confirm, decide
@@ -21,8 +23,11 @@ from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.lower_bound import LowerBound, find_lower_bound
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.progress import DecisionFacts
-from cedm_ray.stages.result import SearchResult, write_result, write_so_far
+from cedm_ray.stages.records import FinalScore
+from cedm_ray.stages.result import SearchResult
+from cedm_ray.stages.result_io import write_result, write_so_far
 from cedm_ray.stages.scoring import Scoring, prepare_scoring
+from cedm_ray.stages.speeds import Speeds
 from cedm_ray.stages.terminal import Terminal
 from cedm_ray.stages.tracking import ui_command
 from cedm_ray.stages.upper_bound import UpperBound, find_upper_bound
@@ -47,62 +52,62 @@ def find_visual_groups(ctx: Context) -> SearchResult:
         given = given_groupings(ctx)
     upper = _upper_bound(ctx, embeddings)
     lower = _lower_bound(ctx, embeddings, upper)
-    points = range(0) if upper is None else range(2, upper.end)
-    if lower is not None and config.bound.from_lower:
-        points = range(lower.start, points.stop)
-        if not points:
-            raise UserError(
-                f"the lower bound {lower.start} is not below the upper end of C_max's interval ({points.stop}): "
-                "no C is left to search; leave out --bound.from-lower"
-            )
-    planner = Planner(
-        config=config,
-        store=ctx.store,
-        embedding_inputs=embeddings.inputs,
-        images=ctx.images,
-        images_sha256=ctx.packed.facts.pixels_sha256,
-        given=given,
-        scoring=scoring,
+    points = _points(ctx, upper, lower)
+    ledger = Ledger(
+        ctx,
+        Planner(
+            config=config,
+            store=ctx.store,
+            embedding_inputs=embeddings.inputs,
+            images=ctx.images,
+            images_sha256=ctx.packed.facts.pixels_sha256,
+            given=given,
+            scoring=scoring,
+        ),
     )
-    ledger = Ledger(ctx, planner)
-    account = open_account(ctx, len(grid(points, config.granularity.grid_points)) if points else 0)
+    account = _open_account(ctx, len(grid(points, config.granularity.grid_points)) if points else 0)
     for name, text in account.plan().lines():
         terminal.line(f"  {name:>9}  {text}")
     base = _base(ctx, scoring, upper, lower, points)
     ledger.on_change = lambda: write_so_far(ctx, base, ledger.records)
-    records = search_granularity(ctx, ledger, points, embeddings, account)
-    # Without what an earlier process has retrained: what is to be retrained must not depend on it.
-    decision = decide([record for record in records if "train_seed" not in record.params], config, scoring.metrics)
-    if decision is None:
-        raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
-    _tell_decision(terminal, decision)
-    if config.confirm and points:
-        confirm(ctx, ledger, decision, embeddings, account)
-        decision = decide(ledger.records, config, scoring.metrics) or decision
-        _tell_decision(terminal, decision)
+    search_granularity(ctx, ledger, points, embeddings, account)
+    decision = _decided(ctx, ledger, embeddings, account, confirming=bool(config.confirm and points))
     final = train_final(ctx, ledger, decision, embeddings)
-    job = planner.job(decision.best.params, total_kimg=config.final.total_kimg)
+    job = ledger.planner.job(decision.best.params, total_kimg=config.final.total_kimg)
     with terminal.stage("ranking samples by confidence", board):
         confidence = make_confidence(ctx, ledger, job, Path(final.export))
-    records = ledger.records
-    parent = ctx.tracker.parent_id  # MLflow's id may have become known since the search began
-    base |= {"run_id": ctx.tracker.run_id(parent) or parent, "page": ctx.tracker.page(parent)}
-    result = SearchResult(
-        **base,
-        trials=tuple(records),
-        best=decision.ties.best,
-        tie_set=decision.ties,
-        pareto=decision.pareto,
-        final=final,
-        mosaics=_mosaics(ledger),
-        confidence=None if confidence is None else str(confidence),
-        costs=costs(Spent.of(records), account.work),
-    )
+    result = _result(ctx, base, ledger, decision, final, confidence, account.work)
     write_result(ctx, result)
     return result
 
 
-def open_account(ctx: Context, grid_points: int) -> Account:
+def _points(ctx: Context, upper: UpperBound | None, lower: LowerBound | None) -> range:
+    """The numbers of clusters to search over; none where C is given."""
+    if upper is None:
+        return range(0)
+    return range(lower.start if lower is not None and ctx.config.bound.from_lower else 2, upper.end)
+
+
+def _decided(ctx: Context, ledger: Ledger, embeddings: Embeddings, account: Account, *, confirming: bool) -> Decision:
+    """The decision from what was trained, and where it is to be confirmed from the retrainings too.
+
+    Raises:
+        UserError: If no trial was trained to the end.
+    """
+    config, metrics = ctx.config, ledger.planner.scoring.metrics
+    # Without what an earlier process has retrained: what is to be retrained must not depend on it.
+    decision = decide([record for record in ledger.records if "train_seed" not in record.params], config, metrics)
+    if decision is None:
+        raise UserError(f"no trial was trained to the end; the reasons stand above and in {ctx.folder / 'search.log'}")
+    _tell_decision(ctx.terminal, decision)
+    if confirming:
+        confirm(ctx, ledger, decision, embeddings, account)
+        decision = decide(ledger.records, config, metrics) or decision
+        _tell_decision(ctx.terminal, decision)
+    return decision
+
+
+def _open_account(ctx: Context, grid_points: int) -> Account:
     """What the search over C may train, from the settings and from what is known of the speed."""
     config, at_once = ctx.config, trials_at_once(ctx)
     work = workload(config, has_labels=ctx.packed.class_labels is not None, grid_points=grid_points)
@@ -136,15 +141,37 @@ def _base(
     }
 
 
+def _result(
+    ctx: Context,
+    base: dict[str, Any],
+    ledger: Ledger,
+    decision: Decision,
+    final: FinalScore,
+    confidence: Path | None,
+    work: Workload,
+) -> SearchResult:
+    """All that the search has found."""
+    parent = ctx.tracker.parent_id  # MLflow's id may have become known since the search began
+    named = {"run_id": ctx.tracker.run_id(parent) or parent, "page": ctx.tracker.page(parent)}
+    records = ledger.records
+    return SearchResult(
+        **base | named,
+        trials=tuple(records),
+        best=decision.ties.best,
+        tie_set=decision.ties,
+        pareto=decision.pareto,
+        final=final,
+        mosaics=_mosaics(ledger),
+        confidence=None if confidence is None else str(confidence),
+        costs=costs(Spent.of(records), work),
+    )
+
+
 def _mosaics(ledger: Ledger) -> dict[int, str]:
     """Pictures of the clusterings by C."""
-    conditions = [ledger.planner.job(record.params) for record in ledger.records]
-    found: dict[int, str] = {}
-    for job in conditions:
-        picture: Path | None = None if job.clustering is None else job.clustering.path / MOSAIC_FILE
-        if picture is not None and picture.is_file():
-            found[job.num_clusters] = str(picture)
-    return found
+    clusterings = [ledger.planner.job(record.params).clustering for record in ledger.records]
+    pictures = [(each.num_clusters, each.path / MOSAIC_FILE) for each in clusterings if each is not None]
+    return {num_clusters: str(picture) for num_clusters, picture in pictures if picture.is_file()}
 
 
 def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:

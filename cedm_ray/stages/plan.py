@@ -102,20 +102,41 @@ class Planner:
         config = self.config.with_values(others) if others else self.config
         seed = int(params.get("train_seed", config.seed))
         clustering: ClusteringJob | None = None
-        condition: Path | None = None
-        source: dict[str, Any] = {"none": 1}
         if grouping in SEARCHED:
             clustering = clustering_job(config, self.embedding_inputs, self.images, num_clusters, self.store)
-            condition, source = clustering.file, clustering.inputs
-        elif grouping != "none":
-            condition, source = self.given[grouping].file, self.given[grouping].inputs
+        condition = clustering or (None if grouping == "none" else self.given[grouping])
+        inputs = self._inputs(config, condition, seed)
         rungs = config.granularity.rungs_kimg()
-        final = total_kimg is not None
         if total_kimg is not None and total_kimg > rungs[-1]:
             rungs = (*rungs, total_kimg)
-        inputs = {
+        return TrialJob(
+            label=_label(grouping, num_clusters) + (f" (seed {seed})" if seed != config.seed else ""),
+            grouping=grouping,
+            num_clusters=num_clusters,
+            clustering=clustering,
+            condition=None if condition is None else condition.file,
+            images=self.images,
+            diffusion=config.diffusion,
+            compute=config.compute,
+            score=config.score,
+            scoring=self.scoring,
+            rungs_kimg=rungs,
+            search_kimg=config.granularity.total_kimg,
+            final_sets=0 if total_kimg is None else config.final.num_sets,
+            final_images=config.final.num_images,
+            num_workers=config.resources.num_workers,
+            seed=seed,
+            inputs=inputs,
+            path=self.store.path("trials", inputs),
+        )
+
+    def _inputs(
+        self, config: SearchConfig, condition: ClusteringJob | GivenGrouping | None, seed: int
+    ) -> dict[str, Any]:
+        """All that decides a training, from which its key is made."""
+        return {
             "images": self.images_sha256,
-            "condition": source,
+            "condition": {"none": 1} if condition is None else condition.inputs,
             "diffusion": asdict(config.diffusion),
             "score": {name: value for name, value in asdict(config.score).items() if name != "batch_size"},
             **config.compute.asked_precisions(),
@@ -124,26 +145,6 @@ class Planner:
             "num_workers": config.resources.num_workers,
             "seed": seed,
         }
-        return TrialJob(
-            label=_label(grouping, num_clusters) + (f" (seed {seed})" if seed != config.seed else ""),
-            grouping=grouping,
-            num_clusters=num_clusters,
-            clustering=clustering,
-            condition=condition,
-            images=self.images,
-            diffusion=config.diffusion,
-            compute=config.compute,
-            score=config.score,
-            scoring=self.scoring,
-            rungs_kimg=rungs,
-            search_kimg=config.granularity.total_kimg,
-            final_sets=config.final.num_sets if final else 0,
-            final_images=config.final.num_images,
-            num_workers=config.resources.num_workers,
-            seed=seed,
-            inputs=inputs,
-            path=self.store.path("trials", inputs),
-        )
 
     def fixed(self) -> list[dict[str, Any]]:
         """Parameters of the trainings whose C is not searched over.

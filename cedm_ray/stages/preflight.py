@@ -15,7 +15,7 @@ from cedm_ray.features.pixels import PixelStats
 from cedm_ray.features.zero_shot_text import read_class_names
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
-from cedm_ray.stages.features import load_detectors
+from cedm_ray.stages.detectors import load_detectors
 
 DINOV2_DIM = 1024
 

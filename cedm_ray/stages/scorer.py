@@ -20,7 +20,7 @@ from cedm_ray.metrics.detectors import features_and_logits
 from cedm_ray.metrics.frechet import FeatureSums
 from cedm_ray.metrics.stats import FeatureStats
 from cedm_ray.stages.board import Beat, Board
-from cedm_ray.stages.bucket import keep_file
+from cedm_ray.stages.bucket_files import keep_file
 from cedm_ray.stages.plan import TrialJob
 
 NUM_SAMPLES = 64

@@ -16,8 +16,10 @@ from cedm_ray.settings import DetectorName
 from cedm_ray.stages.board import Board
 from cedm_ray.stages.bucket_entries import here
 from cedm_ray.stages.context import Context
+from cedm_ray.stages.detectors import DetectorSpec, detector_facts, lenet_spec
 from cedm_ray.stages.embed import Embeddings, backbone_spec
-from cedm_ray.stages.features import DetectorSpec, FeatureParts, absolute, detector_facts, lenet_spec
+from cedm_ray.stages.features import FeatureParts
+from cedm_ray.stages.paths import absolute
 
 STATS_FILE = "reference.safetensors"
 

@@ -17,12 +17,11 @@ from typing import Any
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages import bucket
-from cedm_ray.stages.bucket_entries import fetch_entry, keep_entry
+from cedm_ray.stages.bucket_entries import FACTS, fetch_entry, keep_entry
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.storage_errors import Disk, Need
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
 
-FACTS = "facts.json"
 _LOG = logging.getLogger(__name__)
 
 

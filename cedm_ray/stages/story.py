@@ -1,4 +1,4 @@
-"""What a search and its trainings say of themselves in MLflow: pages in Markdown, and a view that compares them."""
+"""What a search and its trainings say of themselves in MLflow: pages in Markdown."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cedm_ray.metrics.scores import series_name
 from cedm_ray.report.rows import metric_title
 from cedm_ray.report.run import Run
 from cedm_ray.report.trial import Trial
 from cedm_ray.stages import links
 from cedm_ray.stages.checkpoints import SAMPLES_FILE
 from cedm_ray.stages.groupings import MOSAIC_FILE
+from cedm_ray.stages.runs_view import compared_name, runs_view
 
 if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker
@@ -47,14 +47,6 @@ def smaller(files: Iterable[Path], folder: Path) -> list[Path]:
     return made
 
 
-def compared_name(run: Run) -> str:
-    """Name of the metric by which trainings compare: the deciding score, of the images and the budget that all share.
-
-    It begins with a digit: where MLflow's views choose a metric themselves, they take the first one of the alphabet.
-    """
-    return f"{run.total_kimg}_kimg/{series_name(run.metric, run.num_images)}"
-
-
 def tell(tracker: Tracker, run: Run, facts: Sequence[tuple[str, str]] = (), files: Collection[str] = ()) -> None:
     """Write the pages of a search and of its trainings, and the view that shows the trainings side by side.
 
@@ -68,7 +60,7 @@ def tell(tracker: Tracker, run: Run, facts: Sequence[tuple[str, str]] = (), file
     for trial in run.trials:
         if trial.key in known:
             _tell_trial(tracker, run, trial, known[trial.key])
-    tracker.view(run.name, view(run, tracker.parent_key))
+    tracker.view(run.name, runs_view(run, tracker.parent_key))
     tracker.describe(tracker.parent_key, Page(run, tracker.parent_key, known).text(facts, files))
 
 
@@ -230,40 +222,3 @@ def probe_page(parent: str, name: str, said: str, *, mosaic: bool) -> str:
 
 def _clusters(name: str) -> str:
     return f"\n\n#### Images of some clusters, a row each\n![clusters]({links.picture(name, MOSAIC_FILE)})"
-
-
-def view(run: Run, parent: str) -> dict[str, Any]:
-    """The view of a search's trainings: ordered by C, with the score against C, parallel coordinates and curves.
-
-    The form is that of MLflow's own shared views (3.17); below these charts MLflow adds one for each other metric.
-    """
-    score, curve, section = compared_name(run), series_name(run.metric, run.num_images), "search"
-    clusters = {"key": "C", "type": "PARAM"}
-    charts: list[dict[str, Any]] = [
-        {"type": "SCATTER", "xaxis": clusters, "yaxis": {"key": score, "type": "METRIC"}},
-        {"type": "BAR", "metricKey": score},
-        {"type": "PARALLEL", "selectedParams": ["C"], "selectedMetrics": ["utilization_ratio", score]},
-        _line(curve),
-        _line("loss"),
-        {"type": "SCATTER", "xaxis": clusters, "yaxis": {"key": "utilization_ratio", "type": "METRIC"}},
-    ]
-    common = {"metricSectionId": section, "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
-    columns = [f"metrics.`{name}`" for name in (score, "utilization_ratio", "device_hours")]
-    return {
-        "searchFilter": f'tags.mlflow.parentRunId = "{links.run_id(parent)}" and tags.stage = "granularity"',
-        "orderByKey": "metrics.`num_clusters`",
-        "orderByAsc": True,
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "selectedColumns": [*columns, *(f"tags.`{name}`" for name in ("state", "grouping", "rung_kimg"))],
-        "runsHiddenMode": "SHOW_ALL",
-        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
-        "compareRunCharts": [{**common, **chart, "uuid": f"search-{i}"} for i, chart in enumerate(charts)],
-        "compareRunSections": [{"uuid": section, "name": "Search", "display": True, "isReordered": False}],
-    }
-
-
-def _line(metric: str) -> dict[str, Any]:
-    """A metric against kimg."""
-    as_all = {"useGlobalXaxisKey": True, "useGlobalLineSmoothing": True}
-    return {"type": "LINE", "metricKey": metric, "selectedMetricKeys": [metric], **as_all}

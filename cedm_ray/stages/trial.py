@@ -16,16 +16,16 @@ import torch
 
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
-from cedm_ray.stages.bucket import look_for
+from cedm_ray.stages.bucket_files import look_for
 from cedm_ray.stages.checkpoints import forget_snapshot, keep_in_bucket
 from cedm_ray.stages.checkup_disk import COPIES
-from cedm_ray.stages.cluster import Shares
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.interruptions import FAILED, Failure, Interruptions
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.process_group import NodeAddressConfig
 from cedm_ray.stages.records import read_record
+from cedm_ray.stages.shares import Shares
 from cedm_ray.stages.storage_errors import SPARE_BYTES, Disk, Need, written_to
 from cedm_ray.stages.worker import DEVICE_BATCH_FILE, Rung, Worker
 

@@ -16,7 +16,8 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.interruptions import MOST_IN_A_ROW
-from cedm_ray.stages.ledger import Ledger, LedgerCallback
+from cedm_ray.stages.ledger import Ledger
+from cedm_ray.stages.ledger_callback import LedgerCallback
 from cedm_ray.stages.legs import Desk, LegScheduler, LegSearcher
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.storage_watch import StorageWatch
@@ -184,6 +185,8 @@ def tune_trials(
         at_once: Says how many trials may run side by side now.
         total_kimg: Train to the final budget (None: to the search's).
     """
+    if source.done:
+        return
     trainable = ray.tune.with_parameters(
         run_trial,
         planner=ledger.planner,
@@ -192,8 +195,6 @@ def tune_trials(
         shares=ctx.shares,
         total_kimg=total_kimg,
     )
-    if source.done:
-        return
     desk = Desk(source, at_once, ctx.stopping)
     ray.tune.Tuner(
         # The function only waits for its workers: it takes no CPU, and its place is the head.

@@ -9,7 +9,7 @@ import numpy as np
 from cedm_ray.clustering.paper_rule import PaperRule
 from cedm_ray.clustering.probes import BoundSearch
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
-from cedm_ray.config import KMEANS_HAS_NO_BOUND
+from cedm_ray.consistency import KMEANS_HAS_NO_BOUND
 from cedm_ray.errors import UserError
 from cedm_ray.report.bound_figure import FittedCurve, ProbePoint, bound_figure
 from cedm_ray.report.write import write_page

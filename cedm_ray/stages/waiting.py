@@ -13,9 +13,10 @@ import ray
 from ray.exceptions import RayError
 
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import Shares, usable_nodes
+from cedm_ray.stages.cluster import usable_nodes
 from cedm_ray.stages.orphans import Orphans
 from cedm_ray.stages.progress import duration
+from cedm_ray.stages.shares import Shares
 
 LOOK_EVERY_S = 5.0
 SAY_EVERY_S = 60.0

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cedm_ray.clustering.clustering_io import load_clustering
-from cedm_ray.data.pack import IMAGES, PackedImages, load_packed
+from cedm_ray.data.pack import IMAGES, PackedImages
 from cedm_ray.diffusion.compute import decide
 from cedm_ray.diffusion.image_source import ImageSource, ResidentImages, fits
 from cedm_ray.diffusion.passes import part_size
@@ -27,9 +27,9 @@ from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.train import Progress, new_state, train
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.report.grids import sample_grid
-from cedm_ray.stages import bucket
 from cedm_ray.stages.board import Beat
 from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.bucket_files import fetch_files, follow, keep_file, look_for
 from cedm_ray.stages.checkpoints import (
     MANIFEST_FILE,
     RUNGS_FILE,
@@ -42,6 +42,7 @@ from cedm_ray.stages.checkpoints import (
     write_manifest,
 )
 from cedm_ray.stages.energy import Meter
+from cedm_ray.stages.images import images_here
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.process_group import broadcast_text
 from cedm_ray.stages.scorer import Scorer
@@ -82,9 +83,9 @@ class Worker:
         sharing: float = 1.0,
     ) -> None:
         self.job, self.rank, self.world_size, self._device = job, rank, world_size, device
-        halved = read_json(bucket.look_for(job.path / DEVICE_BATCH_FILE)) or {}
+        halved = read_json(look_for(job.path / DEVICE_BATCH_FILE)) or {}
         self.compute = replace(decide(job.compute, device), **halved)
-        packed = load_packed(here(job.images / IMAGES).parent)
+        packed = images_here(job.images)
         class_index: Tensor | None = None
         cluster_probs: Tensor | None = None
         if job.condition is not None:
@@ -130,7 +131,7 @@ class Worker:
         """The checkpoint to go on from; rank 0 looks, and all go on from the same one."""
         chosen = ""
         if self.rank == 0:
-            bucket.fetch_files(self.job.checkpoints)
+            fetch_files(self.job.checkpoints)
             found, set_aside = newest_whole(self.job.checkpoints)
             chosen = "" if found is None else str(found.folder)
             for line in set_aside:
@@ -140,7 +141,7 @@ class Worker:
             chosen = broadcast_text(chosen, self._device)
         if not chosen:
             return None
-        bucket.fetch_files(Path(chosen))
+        fetch_files(Path(chosen))
         return Path(chosen)
 
     def missing_rungs(self) -> Iterator[int]:
@@ -225,7 +226,7 @@ class Worker:
         file, now = self.job.path / DEVICE_BATCH_FILE, part_size(self._local, self.compute.device_batch)
         if now > 1 and read_json(file) is None:
             write_json(file, {"device_batch": now // 2})
-            bucket.keep_file(file)
+            keep_file(file)
 
     def close(self) -> None:
         """Free what the training holds beside its state: images that are read ahead."""
@@ -255,7 +256,7 @@ class Worker:
     def prune(self) -> None:
         """Thin the old checkpoints, when a new one is in its place; rank 0 alone calls this."""
         prune(self.job.checkpoints)
-        bucket.follow(self.job.checkpoints, MANIFEST_FILE)
+        follow(self.job.checkpoints, MANIFEST_FILE)
 
 
 def image_source(

@@ -15,7 +15,7 @@ import pytest
 from cedm_ray.config import fingerprint_tree, load
 from cedm_ray.data.storage import storage_folder
 from cedm_ray.errors import UserError
-from cedm_ray.stages import bucket
+from cedm_ray.stages import bucket, bucket_files
 from cedm_ray.stages.bucket_entries import MARK, fetch_entry, here, keep_entry
 from cedm_ray.stages.checkpoints import keep_in_bucket
 from cedm_ray.stages.claim import claimed
@@ -388,12 +388,12 @@ def test_checkpoints_that_are_thinned_here_are_thinned_in_the_bucket_and_others_
     (kept[0] / "a.npy").unlink()
     (kept[0] / "averaged").write_bytes(b"y")
     (kept[0] / "manifest.json").write_text("averaged")
-    bucket.follow(one, "manifest.json")
-    bucket.fetch_files(two)
+    bucket_files.follow(one, "manifest.json")
+    bucket_files.fetch_files(two)
     assert (two / "checkpoint_of_another_node" / "state").read_bytes() == b"x"
     for folder in kept:
         assert contents(two / folder.name) == contents(folder)
-    bucket.fetch_files(tmp_path / "not-in-a-bucket")
+    bucket_files.fetch_files(tmp_path / "not-in-a-bucket")
     assert keep_in_bucket(made, tmp_path / "not-in-a-bucket") is None
 
 
@@ -402,17 +402,17 @@ def test_small_files_are_looked_for_and_files_by_name_are_fetched_alone(
 ) -> None:
     one, two = (copy_of(server, tmp_path / name, "small") for name in ("one", "two"))
     make(one)
-    bucket.keep_files(one, "facts.json")
-    bucket.fetch_files(two, ("a.npy",))
+    bucket_files.keep_files(one, "facts.json")
+    bucket_files.fetch_files(two, ("a.npy",))
     assert set(contents(two)) == {"a.npy"}
     (two / "a.npy").write_bytes(bytes(1000))
-    bucket.fetch_files(two, ("a.npy",))
+    bucket_files.fetch_files(two, ("a.npy",))
     assert (two / "a.npy").read_bytes() == bytes(1000)  # the same size: it is taken as it is
-    bucket.fetch_files(two, ("a.npy",), fresh=True)
+    bucket_files.fetch_files(two, ("a.npy",), fresh=True)
     assert (two / "a.npy").read_bytes() == (one / "a.npy").read_bytes()
-    assert bucket.look_for(two / "facts.json").read_bytes() == (one / "facts.json").read_bytes()
-    assert not bucket.look_for(two / "nothing.json").exists()
-    bucket.forget_files(one)
+    assert bucket_files.look_for(two / "facts.json").read_bytes() == (one / "facts.json").read_bytes()
+    assert not bucket_files.look_for(two / "nothing.json").exists()
+    bucket_files.forget_files(one)
     assert objects(server, "small") == {} and set(contents(one)) == {"a.npy", "deep/b.bin", "facts.json", "empty"}
 
 

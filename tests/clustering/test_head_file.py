@@ -71,7 +71,7 @@ def test_the_blocks_in_which_images_are_computed_change_nothing(
 ) -> None:
     head = trained(points, standardize=True).head()
     whole, before = head_probs(head, points), points.copy()
-    monkeypatch.setattr(head_file, "_ROWS", 7)
+    monkeypatch.setattr(head_file, "ROWS_OF_ONE_HEAD", 7)
     np.testing.assert_allclose(head_probs(head, points), whole, atol=1e-6)
     np.testing.assert_array_equal(points, before)  # what is given is not standardised in place
     assert head_probs(head, points[:0]).shape == (0, 12)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cedm_ray.diffusion.heun import heun_sample
 from cedm_ray.diffusion.loss import edm_loss_per_pixel
 from cedm_ray.diffusion.precond import EDMPrecond, load_edm_state_dict, published_name
-from cedm_ray.diffusion.sampler import heun_sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ["edm_cifar_like", "edm_ffhq_like", "edm_uncond_gray"]

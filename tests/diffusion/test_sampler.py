@@ -4,16 +4,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from cedm_ray.diffusion.heun import heun_sample, sigma_steps
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.sampler import (
-    draw_conditions,
-    generate,
-    heun_sample,
-    initial_noise,
-    sigma_steps,
-    to_uint8,
-)
+from cedm_ray.diffusion.sampler import generate, to_uint8
 from cedm_ray.diffusion.settings import NetSettings, build_net
+from cedm_ray.diffusion.starts import draw_conditions, initial_noise
 
 PROBS = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0])
 

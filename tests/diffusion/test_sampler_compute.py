@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from cedm_ray.diffusion.compute import Precision
+from cedm_ray.diffusion.heun import heun_sample
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.sampler import generate, heun_sample
+from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, build_net
 
 PROBS = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0])

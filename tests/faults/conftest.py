@@ -41,9 +41,6 @@ class SmallDisk:
         """No more writing."""
         self._mount("-o", "remount,ro", str(self.path))
 
-    def reopen(self) -> None:
-        self._mount("-o", "remount,rw", str(self.path))
-
     @staticmethod
     def _mount(*arguments: str) -> None:
         subprocess.run(["mount", *arguments], check=True, capture_output=True)

@@ -19,7 +19,8 @@ from cedm_ray.stages.decide import decide
 from cedm_ray.stages.delivery import Delivery
 from cedm_ray.stages.exported import CLUSTERING_FILE
 from cedm_ray.stages.granularity import _recall, make_search
-from cedm_ray.stages.ledger import Ledger, LedgerCallback
+from cedm_ray.stages.ledger import Ledger
+from cedm_ray.stages.ledger_callback import LedgerCallback
 from cedm_ray.stages.legs import Desk
 from cedm_ray.stages.outbox import OUTBOX_FILE, OutageError, Outbox, read_journal
 from cedm_ray.stages.plan import Planner

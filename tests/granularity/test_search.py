@@ -159,8 +159,9 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have_without(rule: RuleNam
     plan = replace(PLAN, rule=rule, sampler=sampler)
     whole = Trainings(GranularitySearch(plan, 30)).run()
     assert len(whole.legs) >= 3
+    killed = Trainings(GranularitySearch(plan, 30))
     for legs in range(len(whole.legs) + 1):
-        killed = Trainings(GranularitySearch(plan, 30)).run(legs)
+        killed.run(legs)
         again = GranularitySearch(plan, 30)
         for run in killed.search.runs:
             again.recall(run.params, run.readings, stopped=run.state == "stopped")
@@ -171,25 +172,18 @@ def test_a_search_that_was_killed_goes_on_as_it_would_have_without(rule: RuleNam
         assert (after.complete, after.best) == (whole.complete, whole.best)
 
 
-Rungs = list[tuple[int, int]]
-
-
-def train(search: GranularitySearch, score: Score, most_rungs: int = 10_000) -> Rungs:
-    """One leg after another, to the end or until the search is killed after so many rungs; each C and its kimg."""
-    rungs: Rungs = []
+def train(search: GranularitySearch, score: Score) -> Iterator[tuple[int, int]]:
+    """One leg after another, to the end; each C and kimg, just before the search hears of its score."""
     while (leg := search.ask()) is not None:
         for kimg in (k for k in search.plan.rungs_kimg if leg.start_kimg < k <= leg.stop_kimg):
-            if len(rungs) == most_rungs:
-                return rungs
-            rungs.append((leg.params["num_clusters"], kimg))
+            yield leg.params["num_clusters"], kimg
             if search.tell(leg.key, kimg, score(leg.params, kimg)) == "stop":
                 search.end(leg.key, failed=False)
                 break
-    return rungs
 
 
 def other_courses(rule: RuleName, seeds: range, *, remembers: bool) -> tuple[int, int]:
-    """Searches killed after every one of their rungs: how many, and how many of them then took another course."""
+    """Searches killed before every one of their rungs: how many, and how many of them then took another course."""
     kills = others = 0
     for seed in seeds:
         noise = np.random.default_rng(seed).normal(0, 0.05, (65, 9))
@@ -198,15 +192,17 @@ def other_courses(rule: RuleName, seeds: range, *, remembers: bool) -> tuple[int
             return (bowl(params, kimg)[0] * math.exp(noise[params["num_clusters"], kimg]),)
 
         plan = replace(PLAN, rule=rule, sampler="gp", seed=seed, retrain_spread=0.05)
-        whole = train(GranularitySearch(plan, 36), score)
-        for count in range(len(whole)):
-            killed, again = GranularitySearch(plan, 36), GranularitySearch(plan, 36)
-            before = train(killed, score, count)
-            for run in killed.runs:
+        search = GranularitySearch(plan, 36)
+        whole, after = [], []
+        for rung in train(search, score):
+            whole.append(rung)
+            again = GranularitySearch(plan, 36)
+            for run in search.runs:
                 stop_kimg = run.target_kimg if remembers else None
                 again.recall(run.params, run.readings, stop_kimg=stop_kimg, stopped=run.state == "stopped")
-            kills += 1
-            others += before + train(again, score) != whole
+            after.append(list(train(again, score)))
+        kills += len(whole)
+        others += sum(rest != whole[count:] for count, rest in enumerate(after))
     return kills, others
 
 

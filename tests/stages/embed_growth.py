@@ -22,9 +22,9 @@ from cedm_ray.data.pack import load_packed, pack
 from cedm_ray.settings import EmbedSettings
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import shares
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import embed
+from cedm_ray.stages.shares import shares
 from cedm_ray.stages.store import Store
 
 SMALL, LARGE = 4_000, 32_000
@@ -32,13 +32,13 @@ OBJECT_STORE_BYTES = 100 * 2**20
 
 
 class Noise:
-    """So many images of noise; image i is the same in every set."""
+    """So many images of noise in colour; image i is the same in every set."""
 
-    channels, resolution, num_classes = 3, 32, None
+    channels, num_classes = 3, None
 
-    def __init__(self, count: int) -> None:
-        self.name = self.fingerprint = f"noise-{count}"
-        self._count = count
+    def __init__(self, count: int, resolution: int = 32) -> None:
+        self.name = self.fingerprint = f"noise-{count}-{resolution}"
+        self.resolution, self._count = resolution, count
 
     def __len__(self) -> int:
         return self._count
@@ -52,9 +52,9 @@ class Noise:
     def class_names(self) -> None:
         return None
 
-    def read(self, start: int, stop: int) -> Any:
-        made = [np.random.default_rng(i).integers(0, 256, (3, 32, 32), dtype=np.uint8) for i in range(start, stop)]
-        return np.stack(made)
+    def read(self, start: int, stop: int) -> np.ndarray:
+        shape = (self.channels, self.resolution, self.resolution)
+        return np.stack([np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i in range(start, stop)])
 
 
 def anonymous_bytes() -> int:

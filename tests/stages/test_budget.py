@@ -11,8 +11,11 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
 from cedm_ray.granularity.budget import RESERVE
 from cedm_ray.settings import BudgetSettings, FinalSettings, GranularitySettings, Grouping, ResourceSettings
-from cedm_ray.stages.budget import PUBLISHED, Account, KnownSpeed, Plan, Speeds, Spent, costs, mimg, workload
+from cedm_ray.stages.account import Account
+from cedm_ray.stages.budget import Spent, costs, mimg, workload
+from cedm_ray.stages.budget_plan import Plan
 from cedm_ray.stages.records import TrialRecord
+from cedm_ray.stages.speeds import PUBLISHED, KnownSpeed, Speeds
 
 CONFIG = SearchConfig(
     granularity=GranularitySettings(total_kimg=100, grace_kimg=50, grid_points=20, share=0.25),

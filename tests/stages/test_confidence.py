@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cedm_ray.clustering.head_file import head_probs, load_head
 from cedm_ray.data.pack import load_packed
+from cedm_ray.diffusion.heun import heun_sample
 from cedm_ray.diffusion.model_file import load_model
-from cedm_ray.diffusion.sampler import draw_conditions, heun_sample, initial_noise, to_uint8
+from cedm_ray.diffusion.sampler import to_uint8
+from cedm_ray.diffusion.starts import draw_conditions, initial_noise
 from cedm_ray.errors import UserError
 from cedm_ray.features.pixels import PixelBackbone, pixel_stats
 from cedm_ray.report.samples import confidence_picture, read_confidence

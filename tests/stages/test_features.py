@@ -11,8 +11,9 @@ from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.frechet import FeatureSums
 from cedm_ray.metrics.lenet import load_lenet
-from cedm_ray.stages import features
-from cedm_ray.stages.features import FeatureParts, lenet_spec
+from cedm_ray.stages import detectors, features
+from cedm_ray.stages.detectors import lenet_spec
+from cedm_ray.stages.features import FeatureParts
 from cedm_ray.stages.store import Store
 
 CPU = torch.device("cpu")
@@ -91,9 +92,14 @@ def test_of_many_images_only_sums_are_kept_and_they_are_the_same(
     assert merged.facts == kept.facts
 
 
-def test_lenet_is_trained_once_and_needs_labels(images: Path, store: Store, tmp_path: Path) -> None:
-    first, second = lenet_spec(images, store), lenet_spec(images, store)
-    assert first == second and first.weights is not None and first.weights.is_file()
+def test_lenet_is_trained_once_and_needs_labels(
+    images: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = lenet_spec(images, store)
+    assert first.weights is not None and first.weights_hash == load_lenet(first.weights).weights_hash
+    with monkeypatch.context() as patched:
+        patched.setattr(detectors, "train_lenet", lambda *_, **__: pytest.fail("it is trained again"))
+        assert lenet_spec(images, store) == first
     nobody = ArraySource("plain", "1", digits().read(0, 20), None, None)
     for _ in pack(nobody, tmp_path / "images"):
         pass

@@ -9,14 +9,15 @@ import pytest
 from optuna import distributions
 from scipy.stats import spearmanr
 
-from cedm_ray.config import Choice, Range, SearchConfig
+from cedm_ray.config import SearchConfig
+from cedm_ray.domains import Choice, Range
 from cedm_ray.granularity.rules import FittedChooser
 from cedm_ray.granularity.samplers import GpSampler, OptunaSampler
 from cedm_ray.granularity.search import GranularitySearch
 from cedm_ray.settings import FinalSettings, GranularitySettings, RuleName
-from cedm_ray.stages.budget import KnownSpeed
 from cedm_ray.stages.granularity import Watch, _recall, grid, make_search, optuna_distribution, trials_at_once
 from cedm_ray.stages.records import State, TrialRecord
+from cedm_ray.stages.speeds import KnownSpeed
 
 CONFIG = SearchConfig(
     granularity=GranularitySettings(total_kimg=4, grace_kimg=1, startup_trials=2), final=FinalSettings(total_kimg=5)

@@ -11,7 +11,8 @@ from cedm_ray.metrics.stats import StatsFacts
 from cedm_ray.settings import FinalSettings, GranularitySettings
 from cedm_ray.stages.checkpoints import SAMPLES_FILE
 from cedm_ray.stages.exported import CLUSTERING_FILE
-from cedm_ray.stages.ledger import Ledger, LedgerCallback
+from cedm_ray.stages.ledger import Ledger
+from cedm_ray.stages.ledger_callback import LedgerCallback
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.records import TrialRecord
 from cedm_ray.stages.scoring import Reference, Scoring

@@ -14,6 +14,7 @@ from cedm_ray.report.run import Run
 from cedm_ray.stages import links, story
 from cedm_ray.stages.delivery import NOTE_TAG, VIEW_TAG
 from cedm_ray.stages.outbox import OUTBOX_FILE
+from cedm_ray.stages.runs_view import compared_name
 from cedm_ray.stages.tracking import Tracker, database_uri
 
 MAX_NOTE = 8000  # MLflow's limit for the value of a tag, behind which it cuts
@@ -72,7 +73,7 @@ def test_what_was_trained_on_one_given_grouping_is_called_no_search() -> None:
 
 @pytest.mark.parametrize("kimg, name", [(20, "20_kimg/fd_lenet_1800"), (2_000_000, "2000000_kimg/fd_lenet_1800")])
 def test_the_name_of_what_compares_comes_first_and_is_one_that_mlflow_takes(kimg: int, name: str) -> None:
-    found = story.compared_name(run_of(total_kimg=kimg))
+    found = compared_name(run_of(total_kimg=kimg))
     assert found == name and min([found, "anmi", "C", "Z", "fd_lenet_1800"]) == found
     _validate_metric_name(found)  # as MLflow does before it writes
 
@@ -81,12 +82,8 @@ def test_the_table_is_in_the_order_of_c_and_leads_to_the_runs_that_are_known() -
     lines = page_of(run_of(**DONE), ["temi17", "temi128"]).table().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[1] for row in cells] == ["1", "17", "25", "128"]
-    assert cells[1][2:] == ["**0.45**", "20", "0.9800", "complete"] and cells[3][2:] == [
-        "2",
-        "15",
-        "0.9800",
-        "stopped",
-    ]
+    assert cells[1][2:] == ["**0.45**", "20", "0.9800", "complete"]
+    assert cells[3][2:] == ["2", "15", "0.9800", "stopped"]
     assert cells[1][0] == f"[C=17]({links.page('parent/temi17')})" and cells[2][0] == "C=25"
 
 
@@ -108,11 +105,8 @@ def test_only_what_the_run_has_is_shown_and_a_bar_in_a_fact_breaks_no_table() ->
 
 
 def test_small_copies_are_made_of_the_figures_of_the_page_alone(tmp_path: Path) -> None:
-    for name, size in {
-        "upper_bound.png": (1140, 600),
-        "confidence.png": (900, 10),
-        "score_by_kimg.png": (300, 40),
-    }.items():
+    sizes = {"upper_bound.png": (1140, 600), "confidence.png": (900, 10), "score_by_kimg.png": (300, 40)}
+    for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / name)
     made = story.smaller(sorted(tmp_path.iterdir()), tmp_path / "page")
     assert {file.name: Image.open(file).size for file in made} == {

@@ -26,11 +26,12 @@ from cedm_ray.metrics.stats import save_stats
 from cedm_ray.settings import DiffusionSettings, ScoreSettings
 from cedm_ray.stages import trial
 from cedm_ray.stages.checkpoints import STATE_FILE
-from cedm_ray.stages.cluster import Shares
-from cedm_ray.stages.features import FeatureParts, lenet_spec
+from cedm_ray.stages.detectors import lenet_spec
+from cedm_ray.stages.features import FeatureParts
 from cedm_ray.stages.groupings import CLUSTERING_FILE
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.scoring import Reference, Scoring
+from cedm_ray.stages.shares import Shares
 from cedm_ray.stages.store import Store
 from cedm_ray.stages.streamed import StreamedImages
 from cedm_ray.stages.worker import Worker
@@ -155,11 +156,6 @@ def test_the_last_rung_of_the_search_takes_several_sets_and_earlier_ones_one(job
     further = replace(job, diffusion=many.job.diffusion, rungs_kimg=(1, 2, 3))  # the best one's training goes on
     beyond = worker(further, num_sets=3)
     assert ["score_sets" in beyond.train_to(kimg, Mock()) for kimg in (1, 2, 3)] == [False, True, False]
-
-
-def test_no_set_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_sets is 0; it must be at least 1"):
-        ScoreSettings(num_sets=0)
 
 
 def test_a_rung_tells_what_its_training_and_scoring_cost(job: TrialJob) -> None:

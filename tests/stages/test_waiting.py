@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from cedm_ray.stages.board import _Works
-from cedm_ray.stages.cluster import Shares
+from cedm_ray.stages.shares import Shares
 from cedm_ray.stages.waiting import LOOK_EVERY_S, SAY_EVERY_S, Places, Wait, unheld
 
 

@@ -1,0 +1,67 @@
+"""Flags of a command line as settings; what is wrong with them is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from cedm_ray.errors import UserError
+
+ALL_FLAGS = "--help lists every flag"
+Settings = TypeVar("Settings")
+
+
+def flag_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last one given."""
+    value = None
+    for here, after in itertools.zip_longest(argv, argv[1:]):
+        if here == name:
+            value = after
+        elif here.startswith(f"{name}="):
+            value = here.removeprefix(f"{name}=")
+    return value
+
+
+def parse_flags(
+    kind: type[Settings], argv: Sequence[str], *, prog: str, default: Settings | None = None, more: str = ALL_FLAGS
+) -> Settings:
+    """The settings that the flags of a command give.
+
+    Args:
+        kind: Class of the settings.
+        argv: Flags, without the program's name.
+        prog: How the command is called.
+        default: Settings to start from (None: the class' own defaults).
+        more: Where all flags can be seen; ends an error's message.
+
+    Raises:
+        UserError: If a flag is unknown or a value does not fit; the message is one line.
+        SystemExit: With status 0 after ``--help``.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind, prog=prog, args=list(argv), default=default if default is not None else tyro.MISSING_NONPROP
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_unboxed(complaint.getvalue(), more)) from stop
+
+
+def _unboxed(text: str, more: str) -> str:
+    """What tyro says in a box of several lines, as one line."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
+    said = []
+    for number, line in enumerate(lines):
+        if number and not line:  # the rule under the message; what follows repeats the help text
+            break
+        said.append(line)
+    message = " ".join(" ".join(said[1:] or said).split())
+    return f"{message.removeprefix('Error parsing ')} ({more})"

@@ -1,0 +1,38 @@
+"""What a search would do, said without doing any of it."""
+
+from __future__ import annotations
+
+from cedm_ray.config import SearchConfig
+from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
+from cedm_ray.errors import UserError
+from cedm_ray.stages.budget_plan import plan_of
+from cedm_ray.stages.images import open_images
+from cedm_ray.stages.progress import PlanFacts
+from cedm_ray.stages.result_view import print_pairs
+from cedm_ray.stages.terminal import Terminal
+
+
+def dry_run(config: SearchConfig, terminal: Terminal) -> None:
+    """Print what a search would train and what that would take; nothing is started, downloaded or written.
+
+    Raises:
+        UserError: If the settings cannot work, or if the budget is too small for a single training.
+    """
+    resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
+    name, note = config.dataset, "the images are not there yet"
+    try:
+        source = open_images(config, download=False)
+    except UserError:
+        if not resolution:
+            raise
+    else:
+        resolution, has_labels = source.resolution, source.num_classes is not None
+        name, note = source.name, f"{len(source):,} images"
+    plan = plan_of(config, config.storage_path.expanduser().absolute(), resolution, has_labels=has_labels)
+    plan.check()
+    said = f"plan for {name}, {note} (nothing is started)"
+    if terminal.mode == "json":
+        terminal.tell(said, PlanFacts(tuple(plan.lines())))
+        return
+    terminal.console.print(said)
+    print_pairs(plan.lines(), terminal.console)
