@@ -40,8 +40,6 @@ class Failure:
     """In one line."""
     out_of_memory: bool = False
     """Whether a device, not the machine, had too little memory."""
-    unsure: bool = False
-    """Whether a process has only become silent: its node may be lost, of which Ray is certain some 15 seconds later."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -53,7 +51,7 @@ class Failure:
         # Where a process died, the exceptions of the others are what they saw of it.
         if not own or any(map(_from_outside, causes)):
             dead = [cause for cause in causes if _from_outside(cause) and not isinstance(cause, ActorUnavailableError)]
-            return cls("killed", _line((dead or causes)[0]), unsure=not dead)
+            return cls("killed", _line((dead or causes)[0]))
         return cls("own", _line(own[0]), isinstance(own[0], torch.OutOfMemoryError))
 
 

@@ -30,7 +30,7 @@ from cedm_ray.stages.storage_errors import SPARE_BYTES, Disk, Need, written_to
 from cedm_ray.stages.worker import DEVICE_BATCH_FILE, Rung, Worker
 
 PAUSE_S, NODE_S = 5.0, 30.0
-"""Between an interruption and the next start, and where it must first be seen whether a node is lost."""
+"""Between an interruption and the next start, and where a node may have been lost with a process."""
 
 
 def run_trial(
@@ -96,7 +96,8 @@ def _keep_on(job: TrialJob, board: Board, train: Callable[[], None]) -> str | No
             failure = Failure.of(error)
         else:
             return None
-        node_lost = _lost(nodes, NODE_S if failure.unsure else PAUSE_S)
+        # The death of a process is known at once, that of its node, where it was that, some 15 seconds later.
+        node_lost = _lost(nodes, NODE_S if failure.kind == "killed" and len(nodes) > 1 else PAUSE_S)
         reached = _reached_kimg(job)
         reason = interruptions.ends(failure, reached, node_lost=node_lost, halved=halved)
         if reason is not None:
