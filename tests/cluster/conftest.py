@@ -83,6 +83,13 @@ class Hosts:
     shared: Path
     key: Path
 
+    def unplug(self, host: Host) -> None:
+        """Take a host off the network, without a word to anybody."""
+        _ip(self.operator.pid, f"link set to-{host.name} down")
+
+    def plug_in(self, host: Host) -> None:
+        _ip(self.operator.pid, f"link set to-{host.name} up")
+
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:

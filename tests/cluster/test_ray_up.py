@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster-local.yaml"
-JOB = "digits"
+JOB, UNPLUGGED = "digits", "unplugged"
+OVER = {"succeeded", "failed", "was stopped"}
 SMALL = (
     "--temi.epochs=8 --temi.warmup-epochs=1 --bound.c-start=150 --bound.precision=2 --bound.low-heads=2 "
     "--bound.low-spread=0.6 --granularity.rule=fitted --granularity.num-trials=2 --granularity.share=0.2 "
     "--granularity.total-kimg=4 --granularity.grace-kimg=2 --granularity.startup-trials=2 --score.num-images=200 "
     "--score.num-steps=4 --score.num-sets=2 --final.total-kimg=5 --final.num-images=150 --final.num-sets=2"
 )
+LABELS = (
+    "--grouping=labels --resources.num-workers=1 --granularity.total-kimg=60 --granularity.rungs 10 20 30 40 50 60 "
+    "--score.num-images=200 --score.num-steps=4 --score.num-sets=1 --final.total-kimg=61 --final.num-images=150 "
+    "--final.num-sets=1"
+)
+"""Two trainings, on the labels and on nothing, one on each worker."""
 NODES = """
 import json, ray
 ray.init("auto", log_to_driver=False, logging_level="ERROR")
@@ -33,7 +41,8 @@ ACTORS = """
 import json
 from ray.util.state import list_actors, list_nodes
 address = {node.node_id: node.node_ip for node in list_nodes(limit=100)}
-print(json.dumps([(actor.class_name, address[actor.node_id]) for actor in list_actors(limit=5000) if actor.node_id]))
+actors = [actor for actor in list_actors(limit=5000) if actor.node_id]
+print(json.dumps([(actor.class_name, address[actor.node_id], actor.state) for actor in actors]))
 """
 ASK_FOR_JOBS = """
 import os, urllib.error, urllib.request
@@ -50,6 +59,30 @@ client = MlflowClient("http://127.0.0.1:5000")
 runs = client.search_runs([client.get_experiment_by_name("cedm_ray/digits").experiment_id])
 print(sum("mlflow.parentRunId" not in run.data.tags for run in runs), {run.info.status for run in runs})
 """
+POINTS = """
+from collections import Counter
+from mlflow.tracking import MlflowClient
+client = MlflowClient("http://127.0.0.1:5000")
+runs = client.search_runs([client.get_experiment_by_name("cedm_ray/digits").experiment_id])
+points = Counter(
+    (run.info.run_id, metric, point.step)
+    for run in runs
+    for metric in run.data.metrics
+    for point in client.get_metric_history(run.info.run_id, metric)
+)
+print(max(points.values()))
+"""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What became of a search that lost a worker."""
+
+    status: str
+    log: str
+    told_s: float
+    """From the loss until the search told of it."""
+    over_s: float
 
 
 def python(host: Any, program: str) -> str:
@@ -100,21 +133,61 @@ def up(hosts: Any, cluster_file: Path) -> Any:
 @pytest.fixture(scope="module")
 def searched(up: Any, cluster_file: Path) -> Any:
     """The cluster after the search, which was submitted as a job and left alone."""
-    search = f"python -m cedm_ray.search --storage-path {up.shared}/runs --tracking-uri http://127.0.0.1:5000 {SMALL}"
-    submit = f"ray job submit --no-wait --submission-id {JOB} -- {search}"
-    up.operator.run(f"ray exec {cluster_file} {shlex.quote(submit)}")
-    wait_until("the job is over", lambda: job_status(up) in {"succeeded", "failed", "was stopped"}, within_s=1200)
+    submit(up, cluster_file, JOB, SMALL)
+    wait_until("the job is over", lambda: job_status(up, JOB) in OVER, within_s=1200)
     return up
+
+
+@pytest.fixture(scope="module")
+def unplugged(searched: Any, cluster_file: Path) -> Story:
+    """A search that lost a worker from the network while something was trained there; it came back at the end."""
+    lost, stays = searched.workers
+    submit(searched, cluster_file, UNPLUGGED, LABELS)
+    wait_until("trainings on both workers have come to a rung", lambda: len(rungs(searched)) == 2, within_s=300)
+    assert {lost.address, stays.address} == training(searched)
+    searched.unplug(lost)
+    started_s = time.monotonic()
+    try:
+        wait_until("the loss is told", lambda: "a node was lost" in log(searched, UNPLUGGED), within_s=300)
+        told_s = time.monotonic() - started_s
+        wait_until("the job is over", lambda: job_status(searched, UNPLUGGED) in OVER, within_s=600)
+    finally:
+        searched.plug_in(lost)
+    return Story(job_status(searched, UNPLUGGED), log(searched, UNPLUGGED), told_s, time.monotonic() - started_s)
+
+
+def submit(hosts: Any, cluster_file: Path, job: str, flags: str) -> None:
+    """Submit a search as a job, and leave it alone."""
+    search = (
+        f"python -m cedm_ray.search --storage-path {hosts.shared}/runs --tracking-uri http://127.0.0.1:5000 {flags}"
+    )
+    command = f"ray job submit --no-wait --submission-id {job} -- {search}"
+    hosts.operator.run(f"ray exec {cluster_file} {shlex.quote(command)}")
 
 
 def raylets(host: Any) -> str:
     return str(host.run("pgrep -x raylet", check=False).strip())
 
 
-def job_status(hosts: Any) -> str:
-    said = str(hosts.head.run(f"ray job status {JOB}", check=False))
-    found = re.search(rf"Job '{JOB}' (succeeded|failed|was stopped)|Status for job '{JOB}': (\w+)", said)
+def job_status(hosts: Any, job: str) -> str:
+    said = str(hosts.head.run(f"ray job status {job}", check=False))
+    found = re.search(rf"Job '{job}' (succeeded|failed|was stopped)|Status for job '{job}': (\w+)", said)
     return (found[1] or found[2]) if found else said
+
+
+def log(hosts: Any, job: str) -> str:
+    return str(hosts.head.run(f"ray job logs {job}", check=False))
+
+
+def rungs(hosts: Any) -> set[str]:
+    """The trainings of the search that is to lose a worker, as far as they have told a rung."""
+    return set(re.findall(r"(\S+): 10 kimg, ", log(hosts, UNPLUGGED)))
+
+
+def training(hosts: Any) -> set[str]:
+    """The addresses at which something is trained now."""
+    actors = json.loads(python(hosts.head, ACTORS))
+    return {address for kind, address, state in actors if kind == "RayTrainWorker" and state == "ALIVE"}
 
 
 def test_a_file_that_was_not_filled_in_is_refused(hosts: Any) -> None:
@@ -148,7 +221,7 @@ def test_without_the_token_nobody_is_answered_and_nobody_else_can_read_it(up: An
 
 
 def test_the_search_that_was_submitted_as_a_job_ends_well(searched: Any) -> None:
-    assert job_status(searched) == "succeeded", searched.head.run(f"ray job logs {JOB}", check=False)
+    assert job_status(searched, JOB) == "succeeded", log(searched, JOB)
     (file,) = (searched.shared / "runs").glob("digits-*/result.json")
     result = json.loads(file.read_text())
     assert result["best"] >= 2 and result["final"]["kimg"] == 5
@@ -157,7 +230,7 @@ def test_the_search_that_was_submitted_as_a_job_ends_well(searched: Any) -> None
 
 def test_trials_ran_on_both_workers_and_nothing_was_trained_on_the_head(searched: Any) -> None:
     places: dict[str, set[str]] = {}
-    for kind, address in json.loads(python(searched.head, ACTORS)):
+    for kind, address, _ in json.loads(python(searched.head, ACTORS)):
         places.setdefault(kind, set()).add(address)
     assert places["RayTrainWorker"] == {worker.address for worker in searched.workers}, places
 
@@ -170,6 +243,29 @@ def test_the_same_job_again_reads_what_is_stored(searched: Any, cluster_file: Pa
     search = f"python -m cedm_ray.search --storage-path {searched.shared}/runs {SMALL}"
     said = searched.operator.run(f"ray exec {cluster_file} {shlex.quote(f'ray job submit -- {search}')}")
     assert "all is done" in said
+
+
+def test_a_search_that_loses_a_worker_from_the_network_ends_well_without_it(unplugged: Story, searched: Any) -> None:
+    assert unplugged.status == "succeeded", unplugged.log
+    results = [json.loads(file.read_text()) for file in (searched.shared / "runs").glob("digits-*/result.json")]
+    (trials,) = [result["trials"] for result in results if result["grouping"] == "labels"]
+    assert {trial["grouping"] for trial in trials} == {"labels", "none"}
+    for trial in trials:
+        reached = [10, 20, 30, 40, 50, 60] + ([61] if trial["grouping"] == "labels" else [])
+        assert trial["state"] == "complete" and [rung["kimg"] for rung in trial["rungs"]] == reached
+    print(f"told after {unplugged.told_s:.0f} s, over after {unplugged.over_s:.0f} s")
+
+
+def test_one_training_went_on_elsewhere_from_its_last_rung_and_the_other_was_left_alone(unplugged: Story) -> None:
+    moved = re.findall(r"(\S+): a node was lost; goes on from (\d+) kimg", unplugged.log)
+    assert len(moved) == 1 and int(moved[0][1]) >= 10, unplugged.log
+    told = re.findall(r"(\S+): (\d+) kimg, ", unplugged.log)
+    assert len(told) == len(set(told)) == 13, told  # no rung twice
+    assert unplugged.told_s < 120
+
+
+def test_mlflow_has_each_point_of_the_moved_training_once(unplugged: Story, searched: Any) -> None:
+    assert unplugged.status == "succeeded" and python(searched.head, POINTS) == "1"
 
 
 def test_down_ends_ray_on_every_host(searched: Any, cluster_file: Path) -> None:
