@@ -34,6 +34,7 @@ def test_a_missing_or_doubled_image_is_found(tmp_path: Path, files: list[list[in
         gather(tmp_path, tmp_path / "out.npy", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
     script = Path(__file__).with_name("embed_growth.py")

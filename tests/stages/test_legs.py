@@ -351,6 +351,7 @@ def test_what_tune_keeps_of_the_search_holds_nothing_of_the_source() -> None:
         assert b"Halving" not in pickle.dumps(each)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_real_trainings_pause_free_their_cpus_and_go_on_from_their_checkpoints(tmp_path: Path) -> None:
     done = subprocess.run(
