@@ -58,13 +58,14 @@ class Features:
         host = view(embeddings)
         if not all(bool(torch.isfinite(block).all()) for block in torch.split(host, _BLOCK)):
             raise ValueError("embeddings hold NaN or infinity; every feature must be finite")
-        self.mean_std = self._mean_std = _mean_std(host, device) if standardize else None
+        self.mean_std = _mean_std(host, device) if standardize else None
         """Mean and standard deviation of each feature, both of shape ``(D,)``; None where they are left as they are."""
+        self._still_to_apply = self.mean_std
         self.source = host
         """The features as they are held: where they were given, or a copy on the device."""
         if placement == "bfloat16" or (placement == "float32" and device.type != "cpu"):
             self.source = self._copied(host, torch.bfloat16 if placement == "bfloat16" else torch.float32)
-            self._mean_std = None
+            self._still_to_apply = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,7 +80,7 @@ class Features:
             Blocks, shape ``(size, D)``, float32, on the device.
         """
         for block in torch.split(self.source, size):
-            yield self._standardized(block.to(self.device, torch.float32, copy=self._mean_std is not None))
+            yield self._standardized(block.to(self.device, torch.float32, copy=self._still_to_apply is not None))
 
     def batches(self, rows: Tensor, out: Tensor) -> Iterator[Tensor]:
         """Batches of features, one after another in the same memory.
@@ -125,7 +126,7 @@ class Features:
 
     def _standardized(self, x: Tensor) -> Tensor:
         """In place."""
-        return x if self._mean_std is None else x.sub_(self._mean_std[0]).div_(self._mean_std[1])
+        return x if self._still_to_apply is None else x.sub_(self._still_to_apply[0]).div_(self._still_to_apply[1])
 
 
 def view(array: NDArray[Any]) -> Tensor:

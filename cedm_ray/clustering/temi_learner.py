@@ -21,7 +21,7 @@ class TemiLearner:
 
     Args:
         student: The heads to train; they are trained in place, on the device where they lie.
-        settings: Loss, optimizer and momenta; the learning rate is an argument of :meth:`step`.
+        settings: Loss, optimizer and momenta; the learning rate is set for each step.
         teacher: The teacher to start from; a copy of the student where it is not given.
 
     Source: arXiv 2303.17896, Sec. 3.

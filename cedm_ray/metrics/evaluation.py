@@ -1,7 +1,7 @@
 """Everything that the features of generated and real images say, as comparable scores."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class EvaluationInputs:
     """Class scores of the generated images, shape ``(N, K)``."""
     test: NDArray[np.float32] | None = None
     """Of held-out real images."""
-    unconditional: FeatureStats | None = field(default=None)
+    unconditional: FeatureStats | None = None
     """Statistics of the samples of an unconditional model."""
 
 
@@ -84,8 +84,7 @@ def feature_stats(features: NDArray[np.float32], facts: StatsFacts) -> FeatureSt
     sums = FeatureSums(features.shape[1])
     for start in range(0, len(features), _BLOCK):
         sums.update(torch.from_numpy(np.array(features[start : start + _BLOCK])))
-    facts = StatsFacts(facts.detector, facts.weights_hash, facts.resize, facts.dtype, facts.dim, len(features))
-    return FeatureStats(*sums.mean_cov(), facts)
+    return FeatureStats(*sums.mean_cov(), replace(facts, count=len(features)))
 
 
 def _distance(own: FeatureStats, unconditional: FeatureStats) -> float:

@@ -1,11 +1,8 @@
 """The record that keeps a score comparable: a value together with the terms on which it was computed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cedm_ray.errors import UserError
-
-_TERMS = ("metric", "detector", "weights_hash", "resize", "dtype", "num_images", "num_reference")
+from cedm_ray.errors import require
 
 
 @dataclass(frozen=True)
@@ -31,26 +28,6 @@ class Score:
     num_sets: int = 1
     """Sets of generated images. No term of comparison: more sets narrow a mean, they do not move it."""
 
-    def same_terms(self, other: "Score") -> str | None:
-        """The first fact that forbids comparing the two values; None if they may be compared."""
-        for term in _TERMS:
-            mine, theirs = getattr(self, term), getattr(other, term)
-            if mine != theirs:
-                return f"{term} is {mine} on one side and {theirs} on the other"
-        return None
-
-
-def require_same_terms(scores: Sequence[Score]) -> None:
-    """Refuse to compare scores that were computed on different terms.
-
-    Raises:
-        UserError: Naming the first fact that differs.
-    """
-    for score in scores[1:]:
-        difference = scores[0].same_terms(score)
-        if difference is not None:
-            raise UserError(f"these scores cannot be compared: {difference}; compute both on the same terms")
-
 
 def series_name(metric: str, num_images: int) -> str:
     """Name under which a metric is plotted; the count in it keeps results of different counts apart.
@@ -61,7 +38,6 @@ def series_name(metric: str, num_images: int) -> str:
     Raises:
         ValueError: If ``num_images`` is below 1.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; it must be at least 1")
+    require(num_images >= 1, "num_images", num_images, "be at least 1")
     count = f"{num_images // 1000}k" if num_images % 1000 == 0 else str(num_images)
     return f"{metric}_{count}"

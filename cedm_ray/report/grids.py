@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cedm_ray.errors import require
+from cedm_ray.report.image_rows import check_images
+
 
 def sample_grid(images: NDArray[np.uint8], columns: int, *, min_tile: int = 48, gap: int = 2) -> Image.Image:
     """Images side by side in rows, small ones enlarged by a whole factor so that each pixel stays a square.
@@ -22,10 +25,8 @@ def sample_grid(images: NDArray[np.uint8], columns: int, *, min_tile: int = 48, 
     Raises:
         ValueError: If the images are not of that kind or ``columns`` is below 1.
     """
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or images.size == 0:
-        raise ValueError(f"images are {images.dtype} of shape {images.shape}; uint8, (N, 1 or 3, H, W) is due")
-    if columns < 1:
-        raise ValueError(f"columns is {columns}; it must be at least 1")
+    check_images(images)
+    require(columns >= 1, "columns", columns, "be at least 1")
     factor = max(1, math.ceil(min_tile / min(images.shape[2:])))
     tiles = images.repeat(factor, axis=2).repeat(factor, axis=3).repeat(3 // images.shape[1], axis=1)
     height, width = tiles.shape[2:]

@@ -25,11 +25,19 @@ class ImageRow:
     """One below each image, or none at all."""
 
     def __post_init__(self) -> None:
-        images = self.images
-        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or 0 in images.shape:
-            raise ValueError(f"images are {images.dtype} of shape {images.shape}; uint8, (n, 1 or 3, H, W) is due")
-        if self.captions and len(self.captions) != len(images):
-            raise ValueError(f"there are {len(self.captions)} captions for {len(images)} images")
+        check_images(self.images)
+        if self.captions and len(self.captions) != len(self.images):
+            raise ValueError(f"there are {len(self.captions)} captions for {len(self.images)} images")
+
+
+def check_images(images: NDArray[np.uint8]) -> None:
+    """Refuse what is no set of images, without reading a pixel.
+
+    Raises:
+        ValueError: Unless they are uint8, ``(N, 1 or 3, H, W)``, none of these 0.
+    """
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(f"images are {images.dtype} of shape {images.shape}; uint8, (N, 1 or 3, H, W) is due")
 
 
 def labelled_rows(rows: Sequence[ImageRow], header: str) -> Image.Image:

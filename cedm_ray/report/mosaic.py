@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cedm_ray.errors import require
-from cedm_ray.report.image_rows import ImageRow, labelled_rows
+from cedm_ray.report.image_rows import ImageRow, check_images, labelled_rows
 
 
 def cluster_mosaic(
@@ -57,8 +57,7 @@ def cluster_mosaic(
 
 
 def _check(images: NDArray[np.uint8], assignments: NDArray[np.integer], num_clusters: int) -> None:
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"images are {images.dtype} of shape {images.shape}; uint8, (N, 1 or 3, H, W) is due")
+    check_images(images)
     if assignments.shape != images.shape[:1] or not np.issubdtype(assignments.dtype, np.integer):
         due = f"integers, ({images.shape[0]},) is due"
         raise ValueError(f"assignments are {assignments.dtype} of shape {assignments.shape}; {due}")

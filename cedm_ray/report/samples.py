@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cedm_ray.report.image_rows import ImageRow, labelled_rows
+from cedm_ray.report.image_rows import ImageRow, check_images, labelled_rows
 from cedm_ray.report.rows import metric_title
 
 _COLUMNS, _CONFIDENCE_COLUMNS = 12, 16
@@ -26,10 +26,11 @@ def read_samples(file: Path) -> NDArray[np.uint8]:
         ValueError: If it holds something else.
         OSError: If it cannot be read.
     """
-    images = _arrays(file).get("")
+    images: NDArray[np.uint8] | None = _arrays(file).get("")
     if images is None:
         raise ValueError("it holds no single array")
-    return ImageRow("", images).images
+    check_images(images)
+    return images
 
 
 def _arrays(file: Path) -> dict[str, Any]:

@@ -26,11 +26,13 @@ def trials_table(rows: Sequence[Row], metric: str, best: int | None, grouping: s
         ValueError: If the scores are of different numbers of images.
     """
     one_count(rows)
-    table = _table("Trials by number of clusters", metric)
+    table = _table("Trials by number of clusters")
+    for i, name in enumerate(("C", "r_C", "kimg", metric_title(metric), "state", "grouping")):
+        table.add_column(name, justify="right" if i < 4 else "left", no_wrap=i < 5, overflow="fold")
     for row in _ordered(rows, probes=False):
         is_best = _is_best(row, best, grouping)
-        cells = _cells(row)
-        table.add_row(f"* {cells[0]}" if is_best else cells[0], *cells[1:], style="bold" if is_best else None)
+        clusters, *others = _cells(row)
+        table.add_row(f"* {clusters}" if is_best else clusters, *others, style="bold" if is_best else None)
     if best is not None:
         table.caption = "* best number of clusters"
     return table
@@ -54,7 +56,7 @@ def probes_table(
     Returns:
         The table; print it with a ``rich.console.Console``.
     """
-    table = Table(title="Share of clusters used", box=box.ASCII2, title_justify="left", caption_justify="left")
+    table = _table("Share of clusters used")
     table.add_column("C", justify="right")
     table.add_column("r_C", justify="right")
     table.add_column("against the cutoff")
@@ -77,15 +79,9 @@ def probes_table(
 
 def scores_table(scores: Sequence[ScoreRow], title: str = "Scores of the final model") -> Table:
     """Scores with what they were made from, in the given order, for the terminal."""
-    table = Table(title=title, box=box.ASCII2, title_justify="left", caption_justify="left")
-    for name, justify in (
-        ("score", "left"),
-        ("value", "right"),
-        ("+-", "right"),
-        ("detector", "left"),
-        ("images", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table(title)
+    for name in ("score", "value", "+-", "detector", "images"):
+        table.add_column(name, justify="left" if name in ("score", "detector") else "right")
     for score in scores:
         images = f"{score.num_images:,} against {score.num_reference:,}"
         table.add_row(
@@ -129,16 +125,9 @@ def _is_best(row: Row, best: int | None, grouping: str) -> bool:
     return row.num_clusters == best and complete and row.grouping == grouping
 
 
-def _header(metric: str) -> list[str]:
-    return ["C", "r_C", "kimg", metric_title(metric), "state", "grouping"]
-
-
-def _table(title: str, metric: str) -> Table:
+def _table(title: str) -> Table:
     # Plain characters: the table also goes to log files and to terminals without Unicode.
-    table = Table(title=title, box=box.ASCII2, title_justify="left", caption_justify="left")
-    for i, name in enumerate(_header(metric)):
-        table.add_column(name, justify="right" if i < 4 else "left", no_wrap=i < 5, overflow="fold")
-    return table
+    return Table(title=title, box=box.ASCII2, title_justify="left", caption_justify="left")
 
 
 def _ordered(rows: Sequence[Row], *, probes: bool = True) -> list[Row]:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from cedm_ray.clustering.labels import from_labels
 from cedm_ray.clustering.quality import cluster_probs, kl_from_uniform, num_used, utilization_ratio
+from cedm_ray.clustering.types import make_clustering
 
 
 def test_utilization_of_known_assignments() -> None:
@@ -81,3 +84,19 @@ def test_the_divergence_is_zero_for_equal_clusters_and_log_c_for_a_single_one() 
 def test_shares_that_are_no_distribution_are_refused(probs: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kl_from_uniform(np.array(probs))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_prob": np.ones(3, np.float32)}, "max_prob has 3 values for 4 assignments"),
+        ({"max_prob": np.array([1, 1, 0, 1], np.float32)}, r"max_prob holds a value outside \(0, 1\]"),
+        ({"max_prob": np.array([1, 1, np.nan, 1], np.float32)}, r"max_prob holds a value outside \(0, 1\]"),
+        ({"head_losses": np.ones(2, np.float32)}, "best_head is None, but there are head losses"),
+        ({"head_losses": np.ones(2, np.float32), "best_head": 2}, r"best_head is 2; it must lie in \[0, 2\)"),
+        ({"best_head": 0}, r"best_head is 0; it must lie in \[0, 0\)"),
+    ],
+)
+def test_a_clustering_that_contradicts_itself_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_clustering(np.array([0, 1, 1, 2]), 3, **changed)

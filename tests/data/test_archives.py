@@ -126,6 +126,12 @@ def test_a_name_that_stands_in_a_tar_twice_is_refused(tmp_path: Path) -> None:
         read_archive(elsewhere, ("train.bin",))
 
 
+def test_folders_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+    folder, file = tarfile.TarInfo("cifar"), tarfile.TarInfo("cifar/train.bin")
+    folder.type, file.size = tarfile.DIRTYPE, 5
+    assert read_archive(write_tar(tmp_path / "x.tar.gz", folder, file), ("train.bin",)) == {"train.bin": bytes(5)}
+
+
 def test_a_sparse_member_that_claims_more_than_it_stores_is_refused(tmp_path: Path) -> None:
     info = tarfile.TarInfo("train.bin")
     info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(2**40)} | {

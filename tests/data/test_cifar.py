@@ -1,5 +1,4 @@
 import dataclasses
-import gzip
 import hashlib
 import io
 import os
@@ -217,12 +216,43 @@ def test_a_missing_batch_is_named(tmp_path: Path) -> None:
         open_cifar(TINY10, tmp_path)
 
 
-def test_an_archive_that_unpacks_too_far_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cedm_ray.data.cifar_files.MAX_TAR_BYTES", 2**20)
-    with gzip.open(tmp_path / TINY10.binary_archive, "wb") as packed:
-        packed.write(bytes(2**21))
-    with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
-        open_cifar(TINY10, tmp_path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not the dictionary of a CIFAR file"),
+        ({b"data": b"123"}, "does not hold its images as a uint8 matrix"),
+        ({b"data": np.zeros((6, 3072), np.float32)}, "does not hold its images as a uint8 matrix"),
+        ({b"data": np.zeros(6 * 3072, np.uint8)}, "does not hold its images as a uint8 matrix"),
+        ({b"data": np.zeros((5, 3072), np.uint8)}, r"holds images of shape \(5, 3072\); \(6, 3072\) is due"),
+        ({b"data": np.zeros((6, 3072), np.uint8)}, "does not hold one whole-number label per image"),
+        ({b"data": np.zeros((6, 3072), np.uint8), b"fine_labels": [0.5] * 6}, "one whole-number label per image"),
+    ],
+)
+def test_a_pickle_that_holds_something_else_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / TINY100.python_folder).mkdir()
+    (tmp_path / TINY100.python_folder / "train").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match=message):
+        open_cifar(TINY100, tmp_path)
+
+
+def test_a_pickle_that_asks_for_an_object_kept_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / TINY100.python_folder).mkdir()
+    (tmp_path / TINY100.python_folder / "train").write_bytes(b"Pelsewhere\n.")
+    with pytest.raises(UserError, match=r"is cut off or damaged .*a persistent id"):
+        open_cifar(TINY100, tmp_path)
+
+
+def test_a_file_larger_than_any_of_cifar_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / TINY100.binary_folder).mkdir()
+    with (tmp_path / TINY100.binary_folder / "train.bin").open("wb") as file:
+        file.truncate(300 * 2**20)  # a hole: takes no room on disk
+    with pytest.raises(UserError, match=r"train\.bin has 314572800 bytes, more than any CIFAR file"):
+        open_cifar(TINY100, tmp_path)
+
+
+def test_there_are_two_splits() -> None:
+    with pytest.raises(ValueError, match="split is 'valid'; it must be 'train' or 'test'"):
+        of_split(CIFAR10, "valid")  # type: ignore[arg-type]
 
 
 def test_files_that_are_nowhere_are_listed_by_name(tmp_path: Path) -> None:

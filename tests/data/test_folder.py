@@ -171,3 +171,24 @@ def test_a_name_cannot_break_the_line_of_an_error(tmp_path: Path) -> None:
     (tmp_path / "a\n\x1b[2Jb.png").write_bytes(b"")
     with pytest.raises(BadImageError, match=r"a\\n\\x1b\[2Jb\.png is no readable"):
         FolderSource(tmp_path, 16).check()
+
+
+def test_a_link_to_nothing_and_a_folder_that_cannot_be_listed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    noise(16, 16).save(tmp_path / "a.png")
+    scan = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("closed"):  # root may list any folder, so that taking the right away shows nothing
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        with pytest.raises(UserError, match=r"closed cannot be listed \(Permission denied\); allow it to be read"):
+            FolderSource(tmp_path, 16)
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"b\.png is not a readable file; remove it"):
+        FolderSource(tmp_path, 16)

@@ -48,3 +48,10 @@ def test_a_zip_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"have 8 pixels and 1 channels; colour has 8 and 3"):
         open_generated(str(tmp_path / "made.zip"), COLOUR)
     assert len(open_generated(str(tmp_path / "made.zip"), digits())) == 1
+
+
+def test_what_is_no_folder_and_no_zip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "made.tar").write_bytes(b"")
+    for name in ("made.tar", "nowhere", "nowhere.zip"):
+        with pytest.raises(UserError, match=f"{name}' are no folder and no ZIP"):
+            open_generated(str(tmp_path / name), COLOUR)

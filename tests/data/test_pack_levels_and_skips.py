@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,42 @@ def test_bad_files_members_and_rows_are_skipped_alike(tmp_path: Path) -> None:
         assert "too small" in reasons[0] and "damaged" in reasons[1] and all(name in line for line in reasons)
         pixels.add(facts.pixels_sha256)
     assert len(pixels) == 1
+
+
+def test_nothing_to_pack_and_blocks_of_nothing_are_refused(tmp_path: Path) -> None:
+    empty = ArraySource("empty", "1", np.zeros((0, 1, 8, 8), np.uint8), None, None)
+    with pytest.raises(ValueError, match="empty holds no images"):
+        list(pack(empty, tmp_path))
+    with pytest.raises(ValueError, match="block is 0; it must be at least 1"):
+        list(pack(two_levels(), tmp_path, block=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_reads_other_images_than_it_says_is_refused(tmp_path: Path) -> None:
+    class Lying(Moody):
+        def read(self, start: int, stop: int) -> np.ndarray:
+            return self._source.read(start, stop)[:, :1]
+
+    with pytest.raises(ValueError, match=r"read gave uint8 \(30, 1, 8, 8\); uint8 \(30, 3, 8, 8\) is due"):
+        list(pack(Lying(two_levels(), set()), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"more": 1}, "facts.json does not hold exactly channels, class_names"),
+        ({"class_names": ["a", "b"]}, "facts.json holds 2 class names for 6 classes"),
+        ({"n": 29}, r"images.npy is uint8 \(30, 3, 8, 8\); uint8 \(29, 3, 8, 8\) is due"),
+        ({"num_superclasses": 2}, r"labels span 0 to 2; they must lie in \[0, 2\)"),
+    ],
+)
+def test_facts_that_are_not_those_of_the_files_are_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    list(pack(two_levels(), tmp_path))
+    packed = load_packed(tmp_path)
+    assert (packed.resolution, packed.channels, packed.num_classes) == (8, 3, 6)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    (tmp_path / "facts.json").write_text(json.dumps({**facts, **changed}))
+    with pytest.raises(UserError, match=message):
+        load_packed(tmp_path)

@@ -199,3 +199,33 @@ def test_parquet_in_a_bucket_is_what_it_is_on_the_disk(bucket: tuple[fs.S3FileSy
         source = open_source(f"s3://pile/{path}?{options}", data_dir=tmp_path, resolution=16, folder_labels=True)
         assert isinstance(source, ParquetSource) and source.num_classes == 3
         np.testing.assert_array_equal(source.read(0, count), pixels[:count].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("uri", "asked"),
+    [
+        ("gs://bucket/x", "gs://bucket/x?retry_limit_seconds=15"),
+        ("gs://bucket/x?anonymous=true", "gs://bucket/x?anonymous=true&retry_limit_seconds=15"),
+        ("gs://bucket/x?retry_limit_seconds=3", "gs://bucket/x?retry_limit_seconds=3"),
+        ("s3://bucket/x", "s3://bucket/x"),
+    ],
+)
+def test_googles_client_gives_up_within_seconds_unless_told_otherwise(
+    uri: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def silent(uri: str, *_: object) -> None:
+        seen.append(uri)
+        raise UserError("silent")
+
+    monkeypatch.setattr("cedm_ray.data.filesystems.knock", silent)
+    with pytest.raises(UserError, match="silent"):
+        open_filesystem(uri)
+    assert seen == [asked]
+
+
+def test_a_store_that_fails_after_its_first_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cedm_ray.data.filesystems.knock", lambda *_: None)
+    with pytest.raises(UserError, match=r"^s3://bucket/x cannot be read \(.*no_such.*\); look at the network"):
+        open_filesystem("s3://bucket/x?no_such=1")

@@ -285,6 +285,12 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_refuses_bf16(monkeypatch: pytest.
     assert decide(ComputeSettings(), gpu).precision == "bf16"
 
 
+def test_only_a_precision_that_was_asked_for_decides_a_result() -> None:
+    assert ComputeSettings(compile=True, device_batch=4, images="streamed").asked_precisions() == {}
+    asked = ComputeSettings(precision="bf16", sample_precision="fp16").asked_precisions()
+    assert asked == {"precision": "bf16", "sample_precision": "fp16"}
+
+
 def test_a_device_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="device_batch is 0"):
         ComputeSettings(device_batch=0)

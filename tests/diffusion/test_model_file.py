@@ -1,4 +1,6 @@
 import json
+import re
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,25 @@ def test_a_model_json_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
 def test_values_that_make_no_network_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, **changes)
     assert "does not describe a model" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_blocks": 10**9}, "it has 1000000000 blocks at each of 2 resolutions"),
+        ({"model_channels": 4096}, r"it has [\d,]{11,} numbers, and model.safetensors [\d,]{5,6}\)"),
+    ],
+)
+def test_a_description_far_larger_than_the_weights_takes_no_memory(
+    changes: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    write(tmp_path, diffusion={**asdict(NET), **asdict(TrainSettings()), **changes})
+    tracemalloc.start()
+    try:
+        assert re.search(said, refused(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

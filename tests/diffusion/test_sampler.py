@@ -181,3 +181,8 @@ def test_generating_restores_the_mode_and_turns_dropout_off() -> None:
 def test_a_distribution_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="label_dim 5"):
         next(generate(network(), seed=0, indices=[0], cluster_probs=torch.ones(4), batch_size=1, device="cpu"))
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+        next(generate(network(), seed=0, indices=[0], cluster_probs=PROBS, batch_size=0, device="cpu"))

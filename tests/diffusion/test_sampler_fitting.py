@@ -84,3 +84,12 @@ def test_batches_of_a_set_are_as_few_as_they_can_be_and_alike(total: int, most: 
 
 def test_no_images_make_no_batch_of_none() -> None:
     assert even_batch(0, 64) == 1
+
+
+def test_on_a_gpu_half_of_what_is_free_or_held_by_torch_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build_net(NetSettings(8, (1, 2), 1, ()), 8, 1, 0, augment=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (600 * image_bytes(net), 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100 * image_bytes(net))
+    for reserved, size in ((100, 256), (1600, 1024)):  # 300 and 1,050 images fit into half
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _, held=reserved: held * image_bytes(net))
+        assert fitting_batch(net, "cuda") == size

@@ -99,3 +99,27 @@ print(found.shape, bool(torch.isfinite(x).all()))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "(400, 5) True", done.stderr
     assert "OMP" not in done.stderr
+
+
+@pytest.mark.parametrize(("status", "device"), [(0, "cuda"), (-6, "cpu"), (None, "cpu")])
+def test_a_gpu_is_used_only_where_a_process_of_its_own_has_found_a_neighbour_there(
+    status: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "GpuIndexFlatIP", object, raising=False)
+
+    def probe(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert command[0] == sys.executable
+        if status is None:
+            raise subprocess.TimeoutExpired(command, 120)
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(subprocess, "run", probe)
+    assert faiss_device() == device
+
+
+def test_a_gpu_that_is_demanded_and_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "faiss_device", lambda: "cpu")
+    with pytest.raises(RuntimeError, match="use_gpu is true, but no GPU answers faiss; leave it out"):
+        knn(random_embeddings(0, 20, 4), 3, use_gpu=True)

@@ -174,6 +174,12 @@ def test_what_finishes_the_best_looking_run_is_kept_back(left_kimg: float) -> No
         assert stop - start + keep <= left_kimg
 
 
+def test_what_is_kept_back_to_finish_a_run_may_go_into_a_longer_leg_of_that_run() -> None:
+    # Nothing is left but what finishes C = 16: its leg to the end is affordable, though it costs all of it.
+    assert choose(bowl(8, 8, 8, 1, 8, 8), left_kimg=7) == (16, 1, 8)
+    assert choose(bowl(0, 0, 0, 2, 0, 0), left_kimg=6) == (16, 2, 8)
+
+
 def test_the_end_comes_when_nothing_is_worth_its_images_and_the_best_looking_run_is_finished() -> None:
     never = 10.0
     assert choose(bowl(8, 1, 8, 8, 8, 8), tolerance=never) is None

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cedm_ray.metrics.detectors import FunctionDetector, metric_name
+from cedm_ray.metrics.detectors import FunctionDetector, features_and_logits, metric_name
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,25 @@ def test_wrong_images_and_wrong_features_are_refused() -> None:
         detector(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"flat gave features \(2, 64\); \(2, 5\) is due"):
         detector(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_detector_without_dimensions_or_with_a_name_that_makes_no_metric_is_refused() -> None:
+    for name, dim, said in (("flat", 0, "dim is 0; it must be at least 1"), ("--", 5, "must hold a letter")):
+        with pytest.raises(ValueError, match=said):
+            FunctionDetector(name, dim, lambda x: x, resize="none", weights_hash="0")
+
+
+def test_class_scores_come_with_the_features_where_the_detector_has_them() -> None:
+    images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    plain = FunctionDetector("flat", 4, lambda x: x.flatten(1).float(), resize="none", weights_hash="0")
+    features, logits = features_and_logits(plain, images)
+    assert features.shape == (2, 4) and logits is None
+
+    class Classifier(FunctionDetector):
+        def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self(images) + 1, torch.full((2, 10), 7.0)
+
+    found = Classifier("flat", 4, lambda x: x.flatten(1).float(), resize="none", weights_hash="0")
+    features, logits = features_and_logits(found, images)
+    assert torch.equal(features, torch.ones(2, 4))
+    assert logits is not None and torch.equal(logits, torch.full((2, 10), 7.0))

@@ -80,7 +80,7 @@ def test_grey_images_stay_grey() -> None:
 @pytest.mark.parametrize(
     ("images", "said"),
     [
-        (np.zeros((2, 8, 8), np.uint8), r"uint8 of shape \(2, 8, 8\); uint8, \(n, 1 or 3, H, W\) is due"),
+        (np.zeros((2, 8, 8), np.uint8), r"uint8 of shape \(2, 8, 8\); uint8, \(N, 1 or 3, H, W\) is due"),
         (np.zeros((2, 3, 8, 8)), "float64 of shape"),
         (np.zeros((0, 3, 8, 8), np.uint8), r"shape \(0, 3, 8, 8\)"),
     ],

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from cedm_ray.report.rows import Row
-from cedm_ray.report.tables import probes_table, to_csv, trials_table
+from cedm_ray.report.rows import Row, ScoreRow
+from cedm_ray.report.tables import probes_table, scores_table, to_csv, trials_table
 
 ROWS = (
     Row(1000, 0.72, 0, None, "probe"),
@@ -149,3 +149,18 @@ def test_a_repeated_training_is_told_by_its_seed_and_never_the_best() -> None:
 def test_the_clustering_of_a_repeated_training_counts_once() -> None:
     text = plain(probes_table(REPEATED, utilization_cutoff=0.96, c_max=None))
     assert [line for line in text.splitlines() if line.startswith("|")][1:] == ["| 100 | 0.9987 | above              |"]
+
+
+def test_the_final_scores_stand_in_their_order_with_what_they_were_made_of() -> None:
+    scores = [
+        ScoreRow("fid", 2.0123456, 0.0123, "inception", 50_000, 60_000, 3),
+        ScoreRow("precision", 0.5, None, "inception", 1_800, 60_000, 1),
+    ]
+    text = plain(scores_table(scores))
+    head, *body = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    assert head == ["score", "value", "+-", "detector", "images"]
+    assert body == [
+        ["fid", "2.0123", "0.012", "inception", "3 x 50,000 against 60,000"],
+        ["precision", "0.5", "", "inception", "1,800 against 60,000"],
+    ]
+    assert text.isascii() and max(len(line) for line in text.splitlines()) <= 80
