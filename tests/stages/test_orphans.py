@@ -17,14 +17,14 @@ class Job:
 
     def __init__(self, **groups: dict[str, Any]) -> None:
         self.groups, self.taken, self.removed = groups, set[str](), list[str]()
-        self.answers = True
+        self.answers, self.error = True, Exception()
 
     def orphans(self, bundle: dict[str, float] = WORKER) -> Orphans:
         return Orphans(bundle, lambda: self.groups, self.look, self.remove)
 
     def look(self) -> set[str]:
         if not self.answers:
-            raise RayStateApiException("no answer")
+            raise self.error
         return self.taken
 
     def remove(self, name: str) -> None:
@@ -77,8 +77,10 @@ def test_what_is_asked_for_in_an_amount_of_zero_counts_for_nothing() -> None:
     assert [orphans.freed(LOOK_EVERY_S * look) for look in range(2)] == [0, 1]
 
 
-def test_a_cluster_that_does_not_answer_between_two_looks_makes_the_first_one_void() -> None:
+@pytest.mark.parametrize("error", [RayStateApiException("no answer"), ConnectionError("away"), OSError("requests")])
+def test_a_cluster_that_does_not_answer_between_two_looks_makes_the_first_one_void(error: Exception) -> None:
     job = Job(dead=group())
+    job.error = error
     orphans, found = job.orphans(), []
     for look, answers in enumerate((True, False, True, True)):
         job.answers = answers
