@@ -29,8 +29,9 @@ lint: $(VENV)/ready
 	$(BIN)/lint-imports
 
 # Side by side, each on one thread, but for the tests that start Ray: that has the machine to itself.
+QUICK = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu"
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu"
+	$(QUICK)
 	$(BIN)/python -m pytest -m "ray and not slow and not gpu"
 
 test-slow: $(VENV)/ready
@@ -38,8 +39,7 @@ test-slow: $(VENV)/ready
 
 ROOMS := data features clustering granularity diffusion metrics report weights
 coverage: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu" \
-		$(ROOMS:%=--cov=cedm_ray.%) --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(QUICK) $(ROOMS:%=--cov=cedm_ray.%) --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 
 docs: $(VENV)/ready
 	$(BIN)/python -m pdoc --docformat google --output-directory site cedm_ray
