@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages.progress import ErrorFacts, ResultFacts, RunsFacts, StoppedFacts
-from cedm_ray.stages.screens import ScreenConsole, json_line
+from cedm_ray.stages.screens import json_line, standard_console
 from cedm_ray.stages.stopping import INTERRUPTED, Signals, Stopped
 from cedm_ray.stages.terminal import Mode, Terminal
 from cedm_ray.usage import short_help
@@ -140,7 +140,7 @@ def _list_runs(flags: Sequence[str], mode: Mode | None) -> int:
 def _console(mode: Mode | None) -> Iterator[Console]:
     """For JSON a standard output of its own: what libraries print there goes to standard error instead."""
     if mode != "json":
-        yield ScreenConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        yield standard_console()
         return
     sys.stdout.flush()
     kept = os.dup(1)

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from rich.console import Console
 
 from cedm_ray.stages import progress, screens
@@ -323,3 +325,33 @@ def test_gpu_use_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", refuses)
     assert use_of("handle") == "" and use_of(None) == ""
     assert gpu_use() == ""  # this process computes on none
+
+
+NOTEBOOK_CELL = """
+import logging, os, sys
+from pathlib import Path
+from cedm_ray.stages.noise import noise_to
+from cedm_ray.stages.terminal import Terminal
+logger = logging.getLogger("library")
+logger.addHandler(logging.StreamHandler())  # keeps the kernel's stream, as Ray's does
+terminal = Terminal()
+with noise_to(Path("log"), terminal.console), terminal.shown():
+    print("noise")
+    print("noise", file=sys.stderr)
+    os.write(1, b"noise\\n")
+    logger.warning("noise")
+    terminal.line("ours", "bold")
+print("after")
+logger.warning("after too")
+"""
+
+
+def test_a_notebook_shows_our_lines_as_text_and_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # where it is set, a kernel leaves out what goes to the descriptors
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK_CELL)])
+    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    said = notebook.cells[0].outputs
+    assert {each.output_type for each in said} == {"stream"}
+    assert "".join(each.text for each in said if each.name == "stdout") == "  0:00 ours\nafter\n"
+    assert "".join(each.text for each in said if each.name == "stderr") == "after too\n"
+    assert (tmp_path / "log").read_text() == "noise\n" * 4

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
@@ -20,6 +22,9 @@ from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.growth import possible_nodes
 from cedm_ray.stages.joining import knock
 from cedm_ray.stages.shares import Shares, shares
+
+DASHBOARD_S = 30
+"""How long the dashboard may take to answer."""
 
 
 @contextmanager
@@ -32,17 +37,42 @@ def connected(config: SearchConfig) -> Iterator[Shares]:
         The shares of the cluster that the stages ask for.
 
     Raises:
-        UserError: If the cluster does not answer, or if one training or one clustering can never fit into it.
+        UserError: If the cluster or its dashboard does not answer, or if one training or one clustering can never fit
+            into it.
     """
     _keep_credentials()
     ours = not ray.is_initialized()
     if ours:
         _start()
     try:
+        joined = not ours or "RAY_ADDRESS" in os.environ
+        if joined and _on_head():  # where the dashboard is; it may listen there alone
+            _check_dashboard()
         yield shares(config.resources, usable_nodes())
     finally:
         if ours:
             ray.shutdown()
+
+
+def _on_head() -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and "node:__internal_head__" in node["Resources"] for node in ray.nodes())
+
+
+def _check_dashboard() -> None:
+    """Train asks the dashboard whether the controller of a stopped training is dead, whose room it gives back then.
+
+    Raises:
+        UserError: If the dashboard was never started, or is gone. Jupyter interrupts all processes of its kernel, those
+            of a dashboard that was started from there too.
+    """
+    try:
+        list_actors(address=ray.get_runtime_context().gcs_address, limit=1, timeout=DASHBOARD_S)
+    except RayStateApiException as error:
+        fix = "end this Ray (ray.shutdown() where Python started it, else ray stop), and start it with its dashboard"
+        raise UserError(
+            f"Ray's dashboard does not answer, and no training's room would be given back without it; {fix}"
+        ) from error
 
 
 def usable_nodes() -> list[Mapping[str, Any]]:

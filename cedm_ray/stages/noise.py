@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -25,7 +27,7 @@ def noise_to(log: Path, console: Console) -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     ours = console.file is sys.stdout
-    with open(log, "ab") as sink, os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as screen:
+    with open(log, "ab") as sink, _spared_output() as screen:
         if ours:
             console.file = screen
         try:
@@ -37,8 +39,52 @@ def noise_to(log: Path, console: Console) -> Iterator[None]:
             for old, number in zip(kept, (1, 2), strict=True):
                 os.dup2(old, number)
                 os.close(old)
-            if ours:
-                console.file = sys.stdout
+    if ours:
+        console.file = sys.stdout
+
+
+@contextmanager
+def _spared_output() -> Iterator[TextIO]:
+    """Where standard output goes, for use while its descriptor leads elsewhere.
+
+    The streams of a notebook's kernel lead to its cells past the descriptors: they are spared, and what is printed
+    meanwhile goes to the descriptors, by streams that are not closed, since a library's logger may have kept one.
+    """
+    if _writes_to_descriptor(sys.stdout):
+        with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as screen:
+            yield screen
+        return
+    cell, out, err = sys.stdout, _stream(1), _stream(2)
+    with _loggers_led({cell: out, sys.stderr: err}), redirect_stdout(out), redirect_stderr(err):
+        yield cell
+
+
+@contextmanager
+def _loggers_led(streams: Mapping[TextIO, TextIO]) -> Iterator[None]:
+    """Loggers that write to one stream of these pairs write to the other meanwhile, as does Ray's, which keeps the
+    standard error that it has met first."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    # A handler without a stream of its own looks up standard error at each message.
+    led = [(handler, handler.stream) for handler in handlers if vars(handler).get("stream") in streams]
+    for handler, stream in led:
+        handler.setStream(streams[stream])
+    try:
+        yield
+    finally:
+        for handler, stream in led:
+            handler.setStream(stream)
+
+
+def _writes_to_descriptor(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (OSError, ValueError):
+        return False
+
+
+def _stream(number: int) -> TextIO:
+    return open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _flush() -> None:

@@ -21,12 +21,13 @@ from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.groupings import MOSAIC_FILE, ClusteringJob, clustering_job
-from cedm_ray.stages.interruptions import FAILED, MOST_IN_A_ROW, Failure
+from cedm_ray.stages.interruptions import FAILED, Failure
 from cedm_ray.stages.progress import ProbeFacts
 from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.storage_watch import StorageWatch
 from cedm_ray.stages.store import Store
 from cedm_ray.stages.story import probe_page
+from cedm_ray.stages.tune_run import run_settings
 
 if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker
@@ -175,13 +176,7 @@ def run_probes(ctx: Context, search: BoundSearch, jobs: ProbeJobs, embeddings: E
     ray.tune.Tuner(
         ray.tune.with_resources(probe, {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}),
         tune_config=ray.tune.TuneConfig(search_alg=searcher, num_samples=-1),
-        run_config=ray.tune.RunConfig(
-            name="upper_bound",
-            storage_path=str(folder),
-            verbose=0,
-            callbacks=[StorageWatch(ctx.store.root.parent, ProbeCallback(ctx, jobs))],
-            failure_config=ray.tune.FailureConfig(max_failures=MOST_IN_A_ROW - 1),
-        ),
+        run_config=run_settings("upper_bound", folder, [StorageWatch(ctx.store.root.parent, ProbeCallback(ctx, jobs))]),
     ).fit()
     if not search.done:
         ctx.stopping.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -36,6 +37,18 @@ class ScreenConsole(Console):
     @size.setter
     def size(self, new_size: tuple[int, int]) -> None:
         self._width, self._height = new_size
+
+
+def standard_console() -> ScreenConsole:
+    """A console on standard output; in a notebook plain text, for a cell would keep all of a live view."""
+    in_notebook = Console().is_jupyter
+    return ScreenConsole(
+        file=sys.stdout,
+        highlight=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        force_terminal=False if in_notebook else None,
+    )
 
 
 class Screen(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from cedm_ray.stages import progress
 from cedm_ray.stages.progress import Facts, StageFacts, TrialFacts, WorkList
-from cedm_ray.stages.screens import JsonScreen, LiveScreen, PlainScreen, Screen, ScreenConsole, json_line
+from cedm_ray.stages.screens import JsonScreen, LiveScreen, PlainScreen, Screen, json_line, standard_console
 from cedm_ray.stages.stopping import Stopping
 from cedm_ray.stages.terminal_view import Moment
 
@@ -36,7 +35,7 @@ class Terminal:
     def __init__(
         self, console: Console | None = None, mode: Mode | None = None, stopping: Stopping | None = None
     ) -> None:
-        self.console = console or ScreenConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or standard_console()
         if mode is None:
             mode = "live" if self.console.is_terminal and not self.console.is_dumb_terminal else "plain"
         self.mode = mode

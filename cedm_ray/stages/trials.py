@@ -15,13 +15,13 @@ from cedm_ray.stages.board import Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.interruptions import MOST_IN_A_ROW
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.ledger_callback import LedgerCallback
 from cedm_ray.stages.legs import Desk, LegScheduler, LegSearcher
 from cedm_ray.stages.plan import Planner
 from cedm_ray.stages.storage_watch import StorageWatch
 from cedm_ray.stages.trial import run_trial
+from cedm_ray.stages.tune_run import run_settings
 
 
 class TrialSource:
@@ -196,19 +196,12 @@ def tune_trials(
         total_kimg=total_kimg,
     )
     desk = Desk(source, at_once, ctx.stopping)
+    told = LedgerCallback(ledger, ctx.stopping)
+    callbacks = [StorageWatch(ctx.store.root.parent, told), DeathsInARow(ctx.board, ledger.planner)]
     ray.tune.Tuner(
         # The function only waits for its workers: it takes no CPU, and its place is the head.
         ray.tune.with_resources(trainable, {"node:__internal_head__": 0.001}),
         tune_config=ray.tune.TuneConfig(search_alg=LegSearcher(desk), scheduler=LegScheduler(desk), num_samples=-1),
-        run_config=ray.tune.RunConfig(
-            name=stage,
-            storage_path=str(ctx.folder / "ray"),
-            verbose=0,
-            callbacks=[
-                StorageWatch(ctx.store.root.parent, LedgerCallback(ledger, ctx.stopping)),
-                DeathsInARow(ctx.board, ledger.planner),
-            ],
-            failure_config=ray.tune.FailureConfig(max_failures=MOST_IN_A_ROW - 1),
-        ),
+        run_config=run_settings(stage, ctx.folder / "ray", callbacks),
     ).fit()
     ctx.stopping.check()
