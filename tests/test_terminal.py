@@ -42,7 +42,7 @@ BUSY = Moment(
     clock="  3:12",
     now_s=1000.0,
     stage="searching over C in [2, 148)",
-    outlook="5 numbers of clusters, 0.065 Mimg of 0.1008 Mimg, at most about 3 min 05 s left",
+    outlook="C tried: 5, 0.065 Mimg of 0.1008 Mimg, at most about 3 min 05 s left",
     works=(
         Work("C=17", 7, 20, "kimg", 900, gpu="93 %, 31 of 80 GB"),
         Work("C=5 scoring", 150, 1800, "images", 990),

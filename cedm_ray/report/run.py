@@ -171,15 +171,23 @@ class Run:
             for p in probes
         ]
 
+    def score_at_budget(self, trial: Trial, metric: str | None = None) -> float | None:
+        """Score of a trial at the budget of the search, None where it has not come so far."""
+        rung = trial.rung_at(self.total_kimg)
+        return rung.score(metric or self.metric) if rung is not None and rung.kimg == self.total_kimg else None
+
     def baselines(self, metric: str | None = None) -> dict[str, float]:
-        """Scores of the trainings of other groupings, at the budget of the search."""
-        name, found = metric or self.metric, {}
-        for trial in self.firsts():
-            rung = trial.rung_at(self.total_kimg)
-            score = rung.score(name) if rung else None
-            if trial.grouping != self.grouping and score is not None:
-                found[trial.label] = score
-        return found
+        """Scores of the trainings of other groupings, at the budget of the search, by their labels."""
+        scores = {t.label: self.score_at_budget(t, metric) for t in self.firsts() if t.grouping != self.grouping}
+        return {label: score for label, score in scores.items() if score is not None}
+
+    def compared(self) -> dict[str, float]:
+        """The score of the best C, and after it those of the baselines, at the budget of the search."""
+        best = self.best_trial
+        if best is None:
+            return {}
+        score = self.score_at_budget(best)
+        return {} if score is None else {best.label: score, **self.baselines()}
 
 
 _RUN = TypeAdapter(Run)

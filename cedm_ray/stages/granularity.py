@@ -204,7 +204,7 @@ class Watch:
         # Another thread asks while the search goes on: over a copy of its runs, which may grow meanwhile.
         runs, allowed = list(self._search.runs), self._search.allowed_kimg
         spent = sum(run.charged_kimg for run in runs)
-        said = f"{len(runs)} numbers of clusters, {mimg(spent)} of {mimg(allowed)}"
+        said = f"C tried: {len(runs)}, {mimg(spent)} of {mimg(allowed)}"
         speed = self._account.speed
         if speed is not None:
             left_s = speed.wall_hours(max(allowed - spent, 0), 0) * 3600

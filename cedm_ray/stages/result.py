@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from matplotlib.figure import Figure
 from cedm_ray.granularity.decision import TieSet
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.figures import figures
-from cedm_ray.report.read_run import read_run
-from cedm_ray.report.rows import Row
+from cedm_ray.report.run import Run
 from cedm_ray.stages.budget import mimg
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.records import FinalScore, TrialRecord
@@ -69,46 +69,22 @@ class SearchResult:
     page: str | None = None
     """Address of the search's page in MLflow, once what :attr:`ui_command` says is done."""
 
-    def rows(self) -> list[Row]:
-        """One row per trial, at the budget of the search."""
-        found = []
-        for trial in self.trials:
-            rung = trial.rung_at(self.total_kimg) or {"kimg": 0, "score": None}
-            scored = rung["kimg"], rung["score"], trial.state, trial.grouping, self.num_images
-            found.append(Row(trial.num_clusters, trial.utilization_ratio, *scored))
-        return found
-
-    def probe_rows(self) -> list[Row]:
-        """One row per probe of the search for C_max."""
-        probes = self.upper_bound.probes if self.upper_bound else ()
-        return [
-            Row(p.num_clusters, p.ratio, 0, None, "probe", self.grouping, fidelity=p.fidelity, seed=p.seed)
-            for p in probes
-        ]
+    @cached_property
+    def view(self) -> Run:
+        """The same as the report reads it, from which tables and figures are made."""
+        return Run.from_tree(asdict(self), Path(self.folder))
 
     @property
     def c_max(self) -> int | None:
         return None if self.upper_bound is None else self.upper_bound.c_max
 
-    def baselines(self) -> dict[str, float]:
-        """Scores of the trainings without clusters, at the budget of the search."""
-        scores = {t.label: t.rung_at(self.total_kimg) for t in self.trials if t.grouping != self.grouping}
-        return {label: float(rung["score"]) for label, rung in scores.items() if rung is not None}
-
     def to_pandas(self) -> pd.DataFrame:
-        """The trials as a data frame, one row each."""
-        return pd.DataFrame([asdict(row) for row in self.rows()])
+        """The trials as a data frame, one row each, with their scores at the budget of the search."""
+        return pd.DataFrame([asdict(row) for row in self.view.rows()])
 
     def figures(self) -> dict[str, Figure]:
         """The figures of the search as matplotlib objects, by name: ``score_by_clusters``, ``upper_bound``, ..."""
-        return figures(read_run(Path(self.folder)))
-
-    def best_score(self) -> tuple[str, float]:
-        """Label and score of the best C's training at the end of the search; of several the one with the lowest."""
-        own = [t for t in self.trials if t.grouping == self.grouping and t.num_clusters == self.best]
-        rungs = [(t.label, rung) for t in own for rung in t.rungs if rung["kimg"] == self.total_kimg]
-        label, rung = min(rungs, key=lambda each: float(each[1]["score"]))
-        return label, float(rung["score"])
+        return figures(self.view)
 
     def facts(self) -> list[tuple[str, str]]:
         """What else is to be said of the result, by name."""

@@ -30,13 +30,12 @@ def write_result(ctx: Context, result: SearchResult) -> None:
 
     The JSON comes last: what makes a search count as done is written when everything else is.
     """
-    tree = asdict(result)
-    run = Run.from_tree(tree, ctx.folder)
+    run = result.view
     files = write_report(run, ctx.folder)
-    track_result(ctx.tracker, result, run, files)
+    track_result(ctx.tracker, result, files)
     story.tell(ctx.tracker, run, result.facts(), {file.name for file in files})
     ctx.tracker.end(ctx.tracker.parent_id, "complete")  # a search that is done is not opened again to say so
-    write_json(ctx.folder / RESULT_FILE, tree)
+    write_json(ctx.folder / RESULT_FILE, asdict(result))
     (ctx.folder / SO_FAR_FILE).unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.scores import series_name
 from cedm_ray.report.pages import efficiencies
-from cedm_ray.report.run import Run
 from cedm_ray.stages import story
 from cedm_ray.stages.result import SearchResult
 
@@ -17,19 +16,18 @@ if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker
 
 
-def track_result(tracker: Tracker, result: SearchResult, run: Run, files: Sequence[Path]) -> None:
+def track_result(tracker: Tracker, result: SearchResult, files: Sequence[Path]) -> None:
     """Tell MLflow's parent run of a finished search.
 
     Args:
         tracker: MLflow.
         result: What was found.
-        run: The same, as the report reads it.
         files: Tables and pictures of the report.
     """
     tracker.points(result.run_id, _figures(result))
     series = f"{series_name(result.metric, result.num_images)}_by_clusters"
-    for row in result.rows():
-        if row.grouping == result.grouping and row.score is not None:
+    for row in result.view.rows():
+        if row.grouping == result.grouping and row.train_seed is None and row.score is not None:
             tracker.points(result.run_id, {series: row.score}, step=row.num_clusters)
     for probe in result.upper_bound.probes if result.upper_bound else ():
         name = "utilization_ratio_by_clusters" + ("" if probe.fidelity == "full" else "_low_fidelity")
@@ -40,7 +38,7 @@ def track_result(tracker: Tracker, result: SearchResult, run: Run, files: Sequen
         tracker.artifact(result.run_id, file, story.SMALL)
     for file in sorted(Path(result.final.export).iterdir()):
         tracker.artifact(result.run_id, file, "export")
-    factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(run)}
+    factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(result.view)}
     tracker.points(result.run_id, {name: factor for name, factor in factors.items() if factor is not None})
 
 

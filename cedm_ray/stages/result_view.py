@@ -16,13 +16,13 @@ def show(result: SearchResult, console: Console) -> None:
     """Print what a search found."""
     upper = result.upper_bound
     if upper is not None and upper.probes:
-        rows = result.probe_rows()
+        rows = result.view.probe_rows()
         console.print()
         console.print(probes_table(rows, utilization_cutoff=result.cutoff, c_max=upper.c_max, interval=upper.interval))
     if upper is not None and upper.outcome == "capped":
         console.print("Even one cluster per image would be used well: C_max is the number of images.")
     console.print()
-    console.print(trials_table(result.rows(), result.metric, result.best, result.grouping))
+    console.print(trials_table(result.view.rows(), result.metric, result.best, result.grouping))
     for trial in result.trials:
         if trial.state == "failed":
             console.print(f"{trial.label} failed: {escape(trial.reason or '')}")
@@ -34,8 +34,7 @@ def show(result: SearchResult, console: Console) -> None:
 
 def _compared(result: SearchResult) -> list[tuple[str, str]]:
     """The score of the best C beside those of the trainings that it is compared with."""
-    label, score = result.best_score()
-    scores = [f"{label}: {value:.4g}" for label, value in {label: score, **result.baselines()}.items()]
+    scores = [f"{label}: {score:.4g}" for label, score in result.view.compared().items()]
     return list(zip([f"{result.metric} at {result.total_kimg:,} kimg", *[""] * len(scores)], scores, strict=False))
 
 

@@ -65,17 +65,11 @@ def tell(tracker: Tracker, run: Run, facts: Sequence[tuple[str, str]] = (), file
 
 
 def _tell_trial(tracker: Tracker, run: Run, trial: Trial, name: str) -> None:
-    score = _compared(run, trial)
+    score = run.score_at_budget(trial)
     tracker.points(name, {"num_clusters": float(trial.num_clusters)})
     if score is not None:
         tracker.points(name, {compared_name(run): score})
     tracker.describe(name, trial_page(run, trial, tracker.parent_key, name))
-
-
-def _compared(run: Run, trial: Trial) -> float | None:
-    """Score at the budget of the search, None where a training has not come so far."""
-    rung = trial.rung_at(run.total_kimg)
-    return rung.score(run.metric) if rung is not None and rung.kimg == run.total_kimg else None
 
 
 @dataclass(frozen=True)
@@ -114,10 +108,9 @@ class Page:
         said = [f"**C = {run.best} is the best of the {len(tried)} numbers of clusters that were trained on.**"]
         if len(tried) == 1:
             said = [f"**Trained on {run.grouping} (C = {run.best}).**"]
-        score = None if run.best_trial is None else _compared(run, run.best_trial)
-        if score is not None:
-            scores = {f"C = {run.best}": score, **run.baselines()}
-            listed = "; ".join(f"{label}: {value:.4g}" for label, value in scores.items())
+        compared = run.compared()
+        if compared:
+            listed = "; ".join(f"{label}: {score:.4g}" for label, score in compared.items())
             said.append(f"{run.metric} at {run.total_kimg:,} kimg, lower is better: {listed}.")
         ties = ", ".join(str(c) for c in run.tie_set.clusters if c != run.best)
         if ties:

@@ -76,6 +76,16 @@ def test_of_trials_with_the_best_c_the_complete_one_with_the_lowest_score_is_the
     assert Run.from_tree(result(trials, best=None), FOLDER).best_trial is None
 
 
+def test_the_best_score_stands_beside_those_of_baselines_that_have_come_as_far(result: Maker, trial: Maker) -> None:
+    assert Run.from_tree(result(), FOLDER).compared() == {"C=20": 3.0, "unconditional": 4.0, "labels (10)": 2.5}
+    behind = trial("labels", 10, {100: 2.7}, state="failed")
+    repeat = trial("temi", 20, {200: 2.9}, train_seed=5)
+    trials = [each for each in result()["trials"] if each["grouping"] != "labels"]
+    run = Run.from_tree(result([*trials, behind, repeat]), FOLDER)
+    assert run.compared() == {"C=20": 3.0, "unconditional": 4.0}
+    assert Run.from_tree(result(best=None), FOLDER).compared() == {}
+
+
 def test_a_score_that_is_no_number_is_no_score(result: Maker, trial: Maker) -> None:
     diverged = trial("temi", 30, {100: 5.0, 200: math.nan})
     run = Run.from_tree(json.loads(json.dumps(result([*result()["trials"], diverged]))), FOLDER)

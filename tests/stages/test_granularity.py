@@ -297,7 +297,7 @@ def test_where_nothing_is_searched_over_the_speed_alone_is_told() -> None:
 def test_the_outlook_says_what_is_spent_and_how_long_the_rest_takes_at_most() -> None:
     watched = Watched(with_scores(*AGREE))
     assert watched.watch.outlook() == (
-        "4 numbers of clusters, 0.016 Mimg of 0.04 Mimg, at most about 2 h 24 min left"
+        "C tried: 4, 0.016 Mimg of 0.04 Mimg, at most about 2 h 24 min left"
     )  # 24 kimg at the ten that go through in an hour
     watched.account.speed = None
-    assert watched.watch.outlook() == "4 numbers of clusters, 0.016 Mimg of 0.04 Mimg"
+    assert watched.watch.outlook() == "C tried: 4, 0.016 Mimg of 0.04 Mimg"

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from cedm_ray.granularity.decision import TieSet
 from cedm_ray.report.bound_figure import FittedCurve
-from cedm_ray.report.run import Run
 from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import ProbeRecord
 from cedm_ray.stages.records import FinalScore, State, TrialRecord
@@ -127,7 +126,7 @@ class Told:
 
 def test_mlflow_is_told_every_figure_under_a_name_that_says_its_terms(result: SearchResult, tmp_path: Path) -> None:
     told = Told()
-    track_result(cast(Any, told), result, Run.from_tree(asdict(result), tmp_path), [tmp_path / "trials.csv"])
+    track_result(cast(Any, told), result, [tmp_path / "trials.csv"])
     assert told.files == [(None, "trials.csv"), ("export", "model.json")]
     efficiency = told.values.pop(("sample_efficiency_against_unconditional", 0))
     assert efficiency > 1

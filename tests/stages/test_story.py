@@ -55,7 +55,7 @@ def page_of(run: Run, known: Sequence[str] = ()) -> story.Page:
 def test_a_finished_search_says_in_words_what_it_found() -> None:
     assert page_of(run_of(**DONE)).headline() == (
         "**C = 17 is the best of the 3 numbers of clusters that were trained on.** "
-        "fd_lenet at 20 kimg, lower is better: C = 17: 0.45; unconditional: 1.117. Noise cannot tell C = 25 from it. "
+        "fd_lenet at 20 kimg, lower is better: C=17: 0.45; unconditional: 1.117. Noise cannot tell C = 25 from it. "
         "Trained on to 30 kimg, it scores 0.31. C_max is 165 (interval [142, 204])."
     )
 
