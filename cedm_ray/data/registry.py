@@ -1,6 +1,5 @@
 """From what the user calls a dataset to the images themselves."""
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,7 @@ from cedm_ray.data.edm_zip import EdmZip
 from cedm_ray.data.folder import FolderSource
 from cedm_ray.data.images import SUFFIXES
 from cedm_ray.data.sources import ImageSource
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, did_you_mean
 
 KNOWN_DATASETS = {"digits": 8, "cifar10": 32, "cifar100": 32, "ffhq64": 64, "afhq64": 64}
 """Datasets that have a name, and their resolution in pixels."""
@@ -100,8 +99,7 @@ def _open_path(dataset: str, path: Path, resolution: int | None, folder_labels: 
         return open_local_parquet(path, resolution, image_column=image_column, label_column=folder_labels)
     if path.is_file():
         raise UserError(f"dataset {dataset!r} is a file of no known kind; give {_KINDS}")
-    close = difflib.get_close_matches(dataset.lower().replace("-", ""), KNOWN_DATASETS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(dataset.lower().replace("-", ""), KNOWN_DATASETS)
     raise UserError(f"dataset {dataset!r} is unknown; it must be one of {', '.join(KNOWN_DATASETS)}, or {_KINDS}{hint}")
 
 

@@ -68,15 +68,15 @@ def test_names_and_folders_open(tmp_path: Path) -> None:
         (
             "digit",
             None,
-            r"one of digits, cifar10, cifar100, ffhq64, afhq64, or the path of a folder .*; did you mean 'digits'",
+            r"one of digits, cifar10, cifar100, ffhq64, afhq64, or the path of a folder .*; did you mean digits",
         ),
-        ("CIFAR-10", None, "did you mean 'cifar10'"),
+        ("CIFAR-10", None, "did you mean cifar10"),
         ("", None, "unknown"),
         ("/nowhere/at/all", 64, "unknown"),
         ("digits", 16, "resolution is 16; digits has 8: give --resolution 8 or leave it out"),
         ("cifar100", 64, "give --resolution 32"),
         (__file__, 64, "is a file of no known kind; give the path of a folder of images, of a ZIP of images or of"),
-        ("FFHQ-64", None, "did you mean 'ffhq64'"),
+        ("FFHQ-64", None, "did you mean ffhq64"),
         ("ffhq64", 32, "resolution is 32; ffhq64 has 64"),
         (
             "ffhq64",
