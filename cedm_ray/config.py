@@ -16,7 +16,7 @@ from cedm_ray.data.registry import KNOWN_DATASETS
 from cedm_ray.data.storage import COPIES, storage_folder
 from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.domains import Domain
-from cedm_ray.errors import UserError, did_you_mean
+from cedm_ray.errors import UserError, did_you_mean, one_line
 from cedm_ray.flags import flag_value, parse_flags
 from cedm_ray.settings import (
     BoundSettings,
@@ -145,7 +145,7 @@ def read_space_file(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"search space {path} is not plain YAML: it is nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # a number of thousands of digits, or no UTF-8
-        raise UserError(f"search space {path} is not plain YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"search space {path} is not plain YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"search space {path} holds no settings; it must be a map such as 'temi: {{num_heads: 50}}'")
     return tree

@@ -30,7 +30,18 @@ def require(ok: bool, name: str, value: object, bound: str) -> None:
         raise ValueError(f"{name} is {value}; it must {bound}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a line about an unknown name: ``; did you mean gamma?``, or nothing where none is like it."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def one_line(text: object) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(text).split())
+
+
+def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
+    """The end of a line about an unknown name: ``; did you mean gamma?``, or nothing where none is like it.
+
+    Args:
+        word: What was given.
+        known: The names that there are.
+        n: How many are offered at the most, the nearest first.
+    """
+    close = difflib.get_close_matches(word, list(known), n=n)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

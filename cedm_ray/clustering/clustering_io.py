@@ -1,6 +1,5 @@
 """Clusterings on disk: one safetensors file each."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from safetensors.numpy import save
 
 from cedm_ray.clustering.types import Clustering
 from cedm_ray.errors import UserError
+from cedm_ray.weights.whole_file import whole_file
 
 _DTYPES = {"assignments": np.int64, "cluster_probs": np.float64, "max_prob": np.float32, "head_losses": np.float32}
 
@@ -22,14 +22,10 @@ def save_clustering(clustering: Clustering, path: Path) -> None:
     """
     tensors = {name: np.ascontiguousarray(getattr(clustering, name), dtype) for name, dtype in _DTYPES.items()}
     best_head = "" if clustering.best_head is None else str(clustering.best_head)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    metadata = {"num_clusters": str(clustering.num_clusters), "best_head": best_head}
+    with whole_file(path) as partial:
         # Not save_file: its files are closed to everyone but their owner, whatever the umask says.
-        metadata = {"num_clusters": str(clustering.num_clusters), "best_head": best_head}
         partial.write_bytes(save(tensors, metadata=metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_clustering(path: Path, *, num_images: int | None = None) -> Clustering:

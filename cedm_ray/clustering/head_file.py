@@ -1,6 +1,5 @@
 """The TEMI head behind a clustering, on disk: with it, images that were not there at training get clusters too."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from torch import Tensor
 from cedm_ray.clustering.heads import Heads
 from cedm_ray.clustering.temi_assign import ROWS_OF_ONE_HEAD
 from cedm_ray.clustering.temi_precision import fast_matmul
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, one_line
+from cedm_ray.weights.whole_file import whole_file
 
 FORMAT = "cedm_ray.clustering.temi_head/1"
 _CPU = torch.device("cpu")
@@ -99,12 +99,8 @@ def save_head(head: TemiHead, path: Path) -> None:
     """
     scale = {} if head.mean is None or head.std is None else {"mean": head.mean, "std": head.std}
     tensors = {name: value.detach().contiguous() for name, value in {**head.heads.state_dict(), **scale}.items()}
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(save(tensors, metadata={"format": FORMAT, "temperature": repr(head.temperature)}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_head(path: Path) -> TemiHead:
@@ -131,8 +127,8 @@ def load_head(path: Path) -> TemiHead:
         mean, std = tensors.pop("mean", None), tensors.pop("std", None)
         return TemiHead(_heads(tensors), float(metadata["temperature"]), mean, std)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not hold a TEMI head ({reason}); remove it and run the search again") from error
+        what = f"{path} does not hold a TEMI head ({one_line(error)})"
+        raise UserError(f"{what}; remove it and run the search again") from error
 
 
 def _heads(tensors: dict[str, Tensor]) -> Heads:

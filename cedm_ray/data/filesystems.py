@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyarrow import ArrowException, fs
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, one_line
 
 SCHEMES = ("s3", "gs", "file")
 _TIMEOUT_S = 60.0  # for the first answer of a store
@@ -82,8 +82,8 @@ def local_path(uri: str) -> Path | None:
 
 def unreachable(where: str, error: Exception | str, doing: str = "read") -> UserError:
     """The one line for whatever a store or its client says."""
-    said = " ".join(str(error).split())
-    return UserError(f"{where} cannot be {doing} ({said:.300}); look at the network, the credentials and the region")
+    said = one_line(error)[:300]
+    return UserError(f"{where} cannot be {doing} ({said}); look at the network, the credentials and the region")
 
 
 def _split(uri: str) -> urllib.parse.SplitResult:

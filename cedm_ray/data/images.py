@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_RESOLUTION, MAX_RESOLUTION, RESOLUTION_STEP = 8, 256, 4
@@ -150,7 +150,7 @@ def decode_bytes(data: bytes, where: str, resolution: int) -> NDArray[np.uint8]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

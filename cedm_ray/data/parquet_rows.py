@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, one_line
 
 _ROWS = 64  # held at once
 _BUFFER_BYTES = 4 * 2**20  # of a file, held at once
@@ -145,4 +145,4 @@ class RowReader:
 
 def trouble(where: str, error: Exception) -> UserError:
     """The one line for whatever the library says about a file."""
-    return UserError(f"{where} cannot be read as Parquet ({' '.join(str(error).split())}); repair or fetch it again")
+    return UserError(f"{where} cannot be read as Parquet ({one_line(error)}); repair or fetch it again")

@@ -69,7 +69,7 @@ class Sieve:
         self.kept[index] = False
         self._bad += 1
         with self._log.open("a", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(" ".join(str(error).split()) + "\n")
+            log.write(f"{error}\n")
         n = len(self._source)
         if 2 * self._bad > n:
             raise UserError(

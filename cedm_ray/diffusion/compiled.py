@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cedm_ray.errors import one_line
+
 
 class Compiled:
     """The network, compiled for inputs of one shape; without compilation from the first call on if that fails.
@@ -39,7 +41,7 @@ class Compiled:
             raise
         except Exception as error:
             # The first line of torch's own text names the compiler only, not what was wrong.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = f"{type(error).__name__}: {one_line(error)[:300]}"
             warnings.warn(
                 f"torch.compile failed, and {self._doing} goes on without it, slower: {reason}",
                 RuntimeWarning,

@@ -1,6 +1,5 @@
 """A training run in one safetensors file, exact to the bit."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cedm_ray.diffusion.train import TrainState, net_device
+from cedm_ray.weights.whole_file import whole_file
 
 FORMAT = "cedm_ray.diffusion.train_state/1"
 AVERAGED_FORMAT = "cedm_ray.diffusion.averaged/1"
@@ -41,12 +41,8 @@ def save_ema(tensors: dict[str, Tensor], nimg: int, path: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_state(state: TrainState, path: Path) -> None:

@@ -13,7 +13,8 @@ from cedm_ray.features.open_clip_backbone import OPEN_CLIP, check_open_clip, ope
 from cedm_ray.features.pixels import PixelBackbone, PixelStats
 from cedm_ray.features.timm_backbone import check_timm, timm_backbone
 from cedm_ray.features.weights import BACKBONE
-from cedm_ray.weights.files import check_weight_file, file_sha256
+from cedm_ray.weights.files import check_weight_file
+from cedm_ray.weights.listing import file_sha256
 
 # timm and open_clip are imported where they are used: that takes seconds, and most processes need no backbone.
 PIXELS = PixelBackbone.name

@@ -1,6 +1,5 @@
 """Image towers of OpenCLIP as backbones, named ``open_clip:ARCH/TAG``."""
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, did_you_mean
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.transform import Transform
 from cedm_ray.features.weights import fetching_weights, fill, read_state
@@ -49,9 +48,8 @@ def check_open_clip(name: str, weights: Path | None) -> None:
         if tag is None or name in pretrained:
             return
     known = [*pretrained, *(f"{OPEN_CLIP}{known}" for known in open_clip.list_models())]
-    close = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_pretrained() for the names"
-    raise UserError(f"backbone {name!r} is unknown; {hint}")
+    hint = did_you_mean(name, known, n=3) or "; see open_clip.list_pretrained() for the names"
+    raise UserError(f"backbone {name!r} is unknown{hint}")
 
 
 def open_clip_backbone(name: str, weights: Path | None, *, device: torch.device | str, dtype: Dtype) -> ModelBackbone:

@@ -1,12 +1,11 @@
 """Backbones of timm by name, and the published checkpoints that timm's architectures fit but its hub does not hold."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, did_you_mean
 from cedm_ray.features.checkpoints import LOCAL_MODELS, timm_names
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.pixels import PixelBackbone
@@ -33,10 +32,9 @@ def check_timm(name: str, weights: Path | None) -> None:
         return
     known = [*timm.list_models(), *timm.list_pretrained()]
     if name not in known:
-        close = difflib.get_close_matches(name, [PixelBackbone.name, *LOCAL_MODELS, *known], n=3)
-        others = f"{PixelBackbone.name}, a model of timm or open_clip:ARCH/TAG"
-        hint = f"did you mean {' or '.join(close)}?" if close else f"it must be {others}"
-        raise UserError(f"backbone {name!r} is unknown; {hint}")
+        others = f"; it must be {PixelBackbone.name}, a model of timm or open_clip:ARCH/TAG"
+        hint = did_you_mean(name, [PixelBackbone.name, *LOCAL_MODELS, *known], n=3) or others
+        raise UserError(f"backbone {name!r} is unknown{hint}")
 
 
 def timm_backbone(name: str, weights: Path | None, *, device: torch.device | str, dtype: Dtype) -> ModelBackbone:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.detector_weights import read_tensors
-from cedm_ray.weights.files import WeightKind, check_weight_file, file_sha256
+from cedm_ray.weights.files import WeightKind, check_weight_file
+from cedm_ray.weights.listing import file_sha256
 
 INCEPTION = WeightKind("detector", "--detector-weights")
 CANONICAL_NAME = "weights-inception-2015-12-05-6726825d.pth"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cedm_ray.errors import UserError
+from cedm_ray.weights.whole_file import whole_file
 
 FEATURE_DIM = 64
 _POOLED = 4
@@ -138,11 +139,10 @@ def train_lenet(
 
 def save_lenet(model: LeNet, path: Path) -> None:
     """Write the network as one safetensors file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     facts = {"channels": model.channels, "num_classes": model.num_classes}
-    save_file(tensors, partial, metadata={"lenet": json.dumps(facts)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"lenet": json.dumps(facts)})
 
 
 def load_lenet(path: Path, *, device: torch.device | str = "cpu") -> LeNet:

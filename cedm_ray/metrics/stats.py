@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
+from cedm_ray.weights.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ class FeatureStats:
 
 def save_stats(stats: FeatureStats, path: Path) -> None:
     """Write statistics as one safetensors file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {"mu": stats.mu.cpu().contiguous(), "sigma": stats.sigma.cpu().contiguous()}
-    save_file(tensors, partial, metadata={"facts": json.dumps(asdict(stats.facts))})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"facts": json.dumps(asdict(stats.facts))})
 
 
 def load_stats(path: Path) -> FeatureStats:

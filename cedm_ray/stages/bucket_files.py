@@ -5,12 +5,12 @@ Of a path that is in no copy of a bucket all of this does nothing (:mod:`cedm_ra
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cedm_ray.stages.bucket import THREADS, asking, download, drop, listed, place, read_object, remove_object, upload
+from cedm_ray.weights.whole_file import whole_file
 
 
 def keep_file(file: Path) -> None:
@@ -48,13 +48,8 @@ def fetch_file(file: Path) -> None:
     source = place(file)
     if source is None:
         return
-    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with asking(file, "read"):
-            download(source, scratch)
-            scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with asking(file, "read"), whole_file(file) as partial:
+        download(source, partial)
 
 
 def fetch_files(folder: Path, names: Collection[str] | None = None, *, fresh: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.records import unconditional_record
 from cedm_ray.stages.store import Store
 from cedm_ray.weights.files import fill
+from cedm_ray.weights.whole_file import whole_file
 
 CONFIDENCE_FILE = "confidence.npz"
 NUM_IMAGES, SHOWN = 512, 32
@@ -161,12 +161,8 @@ def _unconditional_net(given: Unconditional, like: EDMPrecond, device: torch.dev
 
 
 def _write(arrays: dict[str, np.ndarray], out: Path) -> None:
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.npz")  # a name to which np.savez adds nothing
-    try:
+    with whole_file(out) as partial:
         np.savez(partial, allow_pickle=False, **arrays)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def make_confidence(ctx: Context, ledger: Ledger, job: TrialJob, export: Path) -> Path | None:

@@ -34,7 +34,7 @@ from cedm_ray.stages.storage_errors import Need, told_clearly
 from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
 from cedm_ray.stages.terminal import Terminal
 from cedm_ray.stages.warned import warned
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 if TYPE_CHECKING:
     from cedm_ray.stages.tracking import Tracker

@@ -36,7 +36,7 @@ from cedm_ray.stages.images import images_here
 from cedm_ray.stages.paths import absolute
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 MOSAIC_FILE = "clusters.png"
 

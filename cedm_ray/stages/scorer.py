@@ -22,6 +22,7 @@ from cedm_ray.metrics.stats import FeatureStats
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.bucket_files import keep_file
 from cedm_ray.stages.plan import TrialJob
+from cedm_ray.weights.whole_file import whole_file
 
 NUM_SAMPLES = 64
 DETECTOR_BATCH = 256  # images: detectors need more memory for each than the sampler does
@@ -146,10 +147,10 @@ class Scorer:
         folder = self.job.features
         folder.mkdir(parents=True, exist_ok=True)
         for name, blocks in features.items():
-            partial = folder / f".{name}-{self.rank}.partial.npy"
-            np.save(partial, torch.cat(blocks).numpy(), allow_pickle=False)
-            partial.replace(folder / f"{name}-{self.rank}.npy")
-            keep_file(folder / f"{name}-{self.rank}.npy")
+            file = folder / f"{name}-{self.rank}.npy"
+            with whole_file(file) as partial:
+                np.save(partial, torch.cat(blocks).numpy(), allow_pickle=False)
+            keep_file(file)
 
     def _distance(self, metric: str, sums: FeatureSums) -> float:
         """Distance to the real images of the sums over all processes, which alone travel."""

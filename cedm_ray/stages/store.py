@@ -21,6 +21,7 @@ from cedm_ray.stages.bucket_entries import FACTS, fetch_entry, keep_entry
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.storage_errors import Disk, Need
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
+from cedm_ray.weights.whole_file import whole_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,15 +35,10 @@ def key_of(inputs: Mapping[str, Any]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(value, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def read_json(path: Path) -> Any | None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cedm_ray.errors import UserError
-from cedm_ray.weights.listing import file_sha256 as file_sha256
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
 _BEFORE_ZIP = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"

@@ -17,7 +17,7 @@ from cedm_ray.features import backbones
 from cedm_ray.features.backbones import check_backbone, load_backbone
 from cedm_ray.features.model_backbone import compute_dtype
 from cedm_ray.features.pixels import PixelStats, pixel_stats
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 NAME = "test_efficientnet"  # timm's own tiny model for tests, 160 pixels
 

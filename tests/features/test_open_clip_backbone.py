@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone, load_backbone
 from cedm_ray.features.open_clip_backbone import _transform, build_open_clip, load_open_clip
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 ARCHITECTURE = "ViT-S-32-alt"
 NAME = f"open_clip:{ARCHITECTURE}"

@@ -19,7 +19,7 @@ from cedm_ray.errors import UserError
 from cedm_ray.metrics import dinov2
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.dinov2 import DinoV2Detector, check_dinov2, load_dinov2
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 SMALL = "vit_small_patch14_dinov2"  # the smallest of the family; the detector itself is ViT-L
 State = dict[str, Tensor]

@@ -19,7 +19,7 @@ from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.inception import InceptionDetector, _empty_network, check_inception, load_inception
 from cedm_ray.metrics.inception_weights import features_digest, read_inception
 from cedm_ray.metrics.precision import full_float32
-from cedm_ray.weights.files import file_sha256
+from cedm_ray.weights.listing import file_sha256
 
 State = dict[str, Tensor]
 
