@@ -10,6 +10,8 @@ from cedm_ray.clustering.types import Clustering
 from cedm_ray.errors import UserError
 from cedm_ray.weights.whole_file import whole_file
 
+CLUSTERING_FILE, HEAD_FILE, MOSAIC_FILE = "clustering.safetensors", "head.safetensors", "clusters.png"
+"""What a clustering, its TEMI head and the picture of its clusters are called in a folder."""
 _DTYPES = {"assignments": np.int64, "cluster_probs": np.float64, "max_prob": np.float32, "head_losses": np.float32}
 
 

@@ -20,6 +20,8 @@ from cedm_ray.stages.store import read_json, write_json
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
 
 STATE_FILE = "state.safetensors"
+STATE_COPIES = 4
+"""Of the network in a state: the network, its moving average, and Adam's two moments."""
 AVERAGED_FILE = "averaged.safetensors"
 """Stands for the state in a thinned checkpoint: nothing can be trained on from it, but it is sampled and scored."""
 RUNGS_FILE = "rungs.json"

@@ -21,14 +21,12 @@ from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.settings import SEARCHED
 from cedm_ray.stages.budget import workload
 from cedm_ray.stages.budget_plan import Plan
-from cedm_ray.stages.checkpoints import NEWEST_KEPT
-from cedm_ray.stages.checkup_finding import Finding, gigabytes
+from cedm_ray.stages.checkpoints import NEWEST_KEPT, STATE_COPIES
+from cedm_ray.stages.checkup_finding import Finding
 from cedm_ray.stages.features import MAX_KEPT
 from cedm_ray.stages.preflight import DINOV2_DIM
-from cedm_ray.stages.storage_errors import Need
+from cedm_ray.stages.storage_errors import Need, bytes_in_words
 
-COPIES = 4
-"""Of the network in a checkpoint: the network, its moving average, and Adam's two moments."""
 INCEPTION_LOGITS = 1008
 AROUND = 100_000_000
 """Bytes for what is small: figures, logs, the MLflow database, heads of clusterings."""
@@ -69,7 +67,7 @@ class DiskNeed:
 
     def __str__(self) -> str:
         largest = max(self.parts, key=lambda part: part[1])
-        return f"{gigabytes(self.total)}, {gigabytes(largest[1])} of them {largest[0]}"
+        return f"{bytes_in_words(self.total)}, {bytes_in_words(largest[1])} of them {largest[0]}"
 
 
 def disk_needed(config: SearchConfig, pile: Pile, num_trials: int, *, least: bool = False) -> DiskNeed:
@@ -99,7 +97,7 @@ def disk_needed(config: SearchConfig, pile: Pile, num_trials: int, *, least: boo
             ("features", 4 * (real + config.final.num_images) * sum(widths) + 2 * stats),
             # The final training adds two, and one is written before an old one is thinned.
             ("checkpoints", num_trials * kept + 2 * state),
-            ("the exported model", state // COPIES + 12 * n),
+            ("the exported model", state // STATE_COPIES + 12 * n),
             ("figures and logs", AROUND),
         )
     )
@@ -114,12 +112,12 @@ def kept_bytes(state: int, num_rungs: int, states: int) -> int:
         states: How many of them stay whole, at most.
     """
     whole = min(num_rungs, states)
-    return whole * state + (num_rungs - whole) * (state // COPIES)
+    return whole * state + (num_rungs - whole) * (state // STATE_COPIES)
 
 
 def checkpoint_bytes(net: NetSettings, pile: Pile) -> int:
     """Size of one checkpoint of a training."""
-    return COPIES * 4 * _num_parameters(net, pile.resolution, pile.channels)
+    return STATE_COPIES * 4 * _num_parameters(net, pile.resolution, pile.channels)
 
 
 @lru_cache
@@ -180,8 +178,8 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
     fewest, all_trials = trials_of(config, pile)
     least, most = disk_needed(config, pile, fewest, least=True), disk_needed(config, pile, all_trials)
     free, stored = shutil.disk_usage(existing(storage)).free, stored_bytes(storage / "store")
-    text = f"{gigabytes(free)} free under {storage}"
-    text += f" and {gigabytes(stored)} stored" if stored else ""
+    text = f"{bytes_in_words(free)} free under {storage}"
+    text += f" and {bytes_in_words(stored)} stored" if stored else ""
     fix = "make room, or give another --storage-path"
     if free + stored < least.total:
         return Finding("disk", "fail", f"{text}; the search needs at least {least}", fix)

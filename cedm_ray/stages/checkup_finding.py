@@ -36,14 +36,6 @@ class Finding:
         return cls(name, "fail", text, fix)
 
 
-def gigabytes(size: float) -> str:
-    """Bytes in words, in decimal units, as disks are sold."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size / 1e3:,.0f} kB"
-
-
 def refuse_failures(findings: Iterable[Finding]) -> None:
     """End with the first failure.
 

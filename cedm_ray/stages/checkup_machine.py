@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cedm_ray.stages.checkup_finding import Finding, gigabytes
+from cedm_ray.stages.checkup_finding import Finding
+from cedm_ray.stages.storage_errors import bytes_in_words
 
 OBJECT_STORE_SHARE = 0.3
 """Of a node's memory that Ray takes for its object store (``DEFAULT_OBJECT_STORE_MEMORY_PROPORTION``)."""
@@ -51,7 +52,7 @@ def shared_memory_finding(memory: int, folder: Path = Path("/dev/shm")) -> Findi
         fix = "mount a tmpfs there (mount -t tmpfs tmpfs /dev/shm); Ray does not start without it"
         return Finding(name, "fail", f"{folder} cannot be read ({error.strerror})", fix)
     free, wanted = shared.f_frsize * shared.f_bavail, OBJECT_STORE_SHARE * memory
-    text = f"{gigabytes(free)} free in {folder}, Ray's object store takes up to {gigabytes(wanted)}"
+    text = f"{bytes_in_words(free)} free in {folder}, Ray's object store takes up to {bytes_in_words(wanted)}"
     if free >= min(wanted, OBJECT_STORE_CAPPED):
         return Finding(name, "ok", text)
     fix = f"enlarge it (mount -o remount,size=40% {folder}; of a container: --shm-size={wanted * 1.1 / 2**30:.0f}g)"
@@ -96,10 +97,10 @@ def local_disk_finding(checkpoint: int, folder: Path | None = None) -> Finding:
     """
     folder = folder or Path(tempfile.gettempdir())
     disk = shutil.disk_usage(folder)
-    text = f"{gigabytes(disk.free)} free of {gigabytes(disk.total)} in {folder}"
+    text = f"{bytes_in_words(disk.free)} free of {bytes_in_words(disk.total)} in {folder}"
     fix = f"make room in {folder}, or point TMPDIR and RAY_TMPDIR to a larger disk"
     if disk.free < checkpoint:
-        return Finding("local disk", "fail", f"{text}; a checkpoint takes {gigabytes(checkpoint)}", fix)
+        return Finding("local disk", "fail", f"{text}; a checkpoint takes {bytes_in_words(checkpoint)}", fix)
     if disk.free < (1 - SPILL_STOPS) * disk.total:
         return Finding("local disk", "warn", f"{text}; above {SPILL_STOPS:.0%} full Ray spills no objects to it", fix)
     return Finding("local disk", "ok", text)

@@ -17,7 +17,6 @@ from cedm_ray.features.backbones import check_backbone
 from cedm_ray.stages.budget_plan import plan_of
 from cedm_ray.stages.checkup import quick_findings, refuse_failures
 from cedm_ray.stages.checkup_disk import Pile, still_needed
-from cedm_ray.stages.checkup_finding import gigabytes
 from cedm_ray.stages.detectors import check_detectors
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.images import open_images, pack_images
@@ -30,7 +29,7 @@ from cedm_ray.stages.preflight import check_inputs
 from cedm_ray.stages.result import SearchResult
 from cedm_ray.stages.result_io import read_result
 from cedm_ray.stages.stopping import Signals
-from cedm_ray.stages.storage_errors import Need, told_clearly
+from cedm_ray.stages.storage_errors import Need, bytes_in_words, told_clearly
 from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
 from cedm_ray.stages.terminal import Terminal
 from cedm_ray.stages.warned import warned
@@ -174,7 +173,7 @@ def _search(
     terminal.line(f"search {folder.name}, everything is kept under {storage}")
     left, size = remove_leftovers(store.root)
     if left:
-        terminal.line(f"removed what killed processes had left unfinished in the store: {gigabytes(size)}")
+        terminal.line(f"removed what killed processes had left unfinished in the store: {bytes_in_words(size)}")
     images = pack_images(subject.source, store, terminal, config.on_bad_image)
     packed = load_packed(images)
     with (

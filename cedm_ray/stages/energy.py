@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cedm_ray.stages.gpu_use import nvml_gpu
+
 JOULES_PER_KWH = 3.6e6
 
 
@@ -68,20 +70,6 @@ class Meter:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)) / 1000
         except Exception:  # not all GPUs count, and no training shall end for a figure
             return None
-
-
-def nvml_gpu(device: torch.device) -> Any | None:
-    """NVML's handle of a GPU, or None where there is no answer."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()  # for as long as the process lives
-        # By its UUID: torch counts only the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML counts all of the machine.
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except Exception:  # no driver, no such library, a slice of a GPU: what NVML raises for each is its own
-        return None
 
 
 def _over_all_workers(kwh: float | None, device: torch.device) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from cedm_ray.clustering.clustering_io import load_clustering
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, HEAD_FILE, load_clustering
 from cedm_ray.clustering.quality import kl_from_uniform
 from cedm_ray.data.pack import PackedImages, load_packed
 from cedm_ray.diffusion.model_file import FACTS_FILE, FORMAT, WEIGHTS_FILE
@@ -23,7 +23,7 @@ from cedm_ray.features.backbones import PIXELS
 from cedm_ray.features.pixels import pixel_stats
 from cedm_ray.settings import SEARCHED
 from cedm_ray.stages.checkpoints import SAMPLES_FILE, intact, weights_file
-from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE, PIXEL_STATS_FILE
+from cedm_ray.stages.exported import PIXEL_STATS_FILE
 from cedm_ray.stages.model_card import model_card
 from cedm_ray.stages.plan import TrialJob
 from cedm_ray.stages.store import write_json

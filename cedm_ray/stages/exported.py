@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from cedm_ray.clustering.clustering_io import load_clustering
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, HEAD_FILE, load_clustering
 from cedm_ray.clustering.head_file import TemiHead, head_probs, load_head
 from cedm_ray.diffusion.model_file import FACTS_FILE, load_model, read_model_facts
 from cedm_ray.diffusion.precond import EDMPrecond
@@ -23,7 +23,7 @@ from cedm_ray.features.backbones import PIXELS, Backbone, check_backbone, load_b
 from cedm_ray.features.pixels import PixelStats
 
 EXPORT_FOLDER = "export"
-CLUSTERING_FILE, HEAD_FILE, PIXEL_STATS_FILE = "clustering.safetensors", "head.safetensors", "pixels.safetensors"
+PIXEL_STATS_FILE = "pixels.safetensors"
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cedm_ray.stages.energy import nvml_gpu
+if TYPE_CHECKING:
+    import torch
 
 GIGA = 1e9
 
@@ -33,3 +34,18 @@ def use_of(gpu: Any | None) -> str:
     except Exception:  # not all GPUs count (slices of one do not), and no training shall end for a figure
         return ""
     return f"{busy} %, {memory.used / GIGA:.0f} of {memory.total / GIGA:.0f} GB"
+
+
+def nvml_gpu(device: torch.device) -> Any | None:
+    """NVML's handle of a GPU, or None where there is no answer."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()  # for as long as the process lives
+        # By its UUID: torch counts only the GPUs that CUDA_VISIBLE_DEVICES leaves, NVML counts all of the machine.
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except Exception:  # no driver, no such library, a slice of a GPU: what NVML raises for each is its own
+        return None

@@ -14,7 +14,7 @@ import torch
 
 from cedm_ray.clustering.agreement import clustering_quality
 from cedm_ray.clustering.assignments_file import read_assignments
-from cedm_ray.clustering.clustering_io import save_clustering
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, HEAD_FILE, MOSAIC_FILE, save_clustering
 from cedm_ray.clustering.head_file import TemiHead, save_head
 from cedm_ray.clustering.kmeans import fit_kmeans
 from cedm_ray.clustering.labels import from_labels
@@ -31,14 +31,11 @@ from cedm_ray.settings import Grouping
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings, embed
-from cedm_ray.stages.exported import CLUSTERING_FILE, HEAD_FILE
 from cedm_ray.stages.images import images_here
 from cedm_ray.stages.paths import absolute
 from cedm_ray.stages.preflight import clip_class_names
 from cedm_ray.stages.store import Store
 from cedm_ray.weights.listing import file_sha256
-
-MOSAIC_FILE = "clusters.png"
 
 
 @dataclass(frozen=True)

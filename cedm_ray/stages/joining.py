@@ -13,8 +13,7 @@ from typing import Any
 
 import ray
 
-from cedm_ray.stages.checkup_web import TIMEOUT_S
-
+TIMEOUT_S = 5.0
 # Answered by the process that a driver joins first, without a look at anything; the only name of Ray's own that is
 # used here. A release that answers to another one is left to Ray's own ways.
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"

@@ -9,9 +9,9 @@ from typing import Any
 
 from cedm_ray.metrics.scores import series_name
 from cedm_ray.stages.checkpoints import SAMPLES_FILE, intact
+from cedm_ray.stages.clusterings_logged import track_clustering
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.plan import Planner, TrialJob
-from cedm_ray.stages.probes import track_clustering
 from cedm_ray.stages.progress import TrialFacts
 from cedm_ray.stages.records import State, TrialRecord, new_record, read_record, write_record
 from cedm_ray.stages.store import Store, read_json, write_json

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import ray
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages import groupings
+from cedm_ray.stages.bounds import LowerBound
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.groupings import clustering_job
@@ -16,33 +16,6 @@ from cedm_ray.stages.probes import tell_probe
 from cedm_ray.stages.store import write_json
 
 OVERESTIMATES = (1.5, 2.0, 3.0)
-
-
-@dataclass(frozen=True)
-class LowerBound:
-    """Clusters that are used at gamma 1, whatever number is given."""
-
-    used: tuple[tuple[int, int], ...]
-    """Clusters given, C, and used, C_u, one for each overestimate."""
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(num_used for _, num_used in self.used)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over the overestimates (0 for one)."""
-        return statistics.stdev([num_used for _, num_used in self.used]) if len(self.used) > 1 else 0.0
-
-    @property
-    def start(self) -> int:
-        """C is searched from here: the mean, in whole clusters."""
-        return max(2, round(self.mean))
-
-    def sentence(self) -> str:
-        """In words."""
-        given = ", ".join(str(clusters) for clusters, _ in self.used)
-        return f"at gamma 1 TEMI uses {self.mean:.4g} clusters (deviation {self.std:.2g}) when it is given {given}"
 
 
 def find_lower_bound(ctx: Context, embeddings: Embeddings, end: int) -> LowerBound:

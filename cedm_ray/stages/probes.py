@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import ray.tune
 from ray.tune.search import Searcher
 
-from cedm_ray.clustering.probes import BoundSearch, Fidelity, Probe
+from cedm_ray.clustering.clustering_io import MOSAIC_FILE
+from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.config import SearchConfig
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Board
-from cedm_ray.stages.bucket_entries import here
+from cedm_ray.stages.bounds import ProbeRecord
+from cedm_ray.stages.clusterings_logged import track_clustering
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.driver_only import DriverCallback
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.groupings import MOSAIC_FILE, ClusteringJob, clustering_job
+from cedm_ray.stages.groupings import ClusteringJob, clustering_job
 from cedm_ray.stages.interruptions import FAILED, Failure
 from cedm_ray.stages.progress import ProbeFacts
 from cedm_ray.stages.stopping import Stopping
@@ -30,28 +32,10 @@ from cedm_ray.stages.story import probe_page
 from cedm_ray.stages.tune_run import run_settings
 
 if TYPE_CHECKING:
-    from cedm_ray.stages.tracking import Tracker
+    pass
 
 MAX_RETRIES = 2
 TOLD = ("utilization_ratio", "num_used", "seconds", "quality", "head_losses", "head_utilization")
-
-
-@dataclass(frozen=True)
-class ProbeRecord:
-    """A probe that is done."""
-
-    num_clusters: int
-    ratio: float
-    """Utilization ratio r_C: with the fit the mean over the heads, with the paper's rule that of the chosen head."""
-    fidelity: Fidelity
-    seed: int
-    num_heads: int
-    epochs: int
-
-    @property
-    def work(self) -> int:
-        """Epochs times heads that were trained."""
-        return self.epochs * self.num_heads
 
 
 @dataclass(frozen=True)
@@ -207,13 +191,3 @@ def tell_probe(ctx: Context, job: ClusteringJob, facts: Mapping[str, Any], stage
     tracker.describe(run, probe_page(tracker.parent_key, run, said, mosaic=job.file.with_name(MOSAIC_FILE).is_file()))
     track_clustering(tracker, run, job.file, facts)
     tracker.end(run, "complete")
-
-
-def track_clustering(tracker: Tracker, run: str, file: Path, facts: Mapping[str, Any]) -> None:
-    """A clustering in MLflow: the loss of each head, the assignments and the mosaic (an older entry may have none)."""
-    tracker.series(run, "head_loss", facts.get("head_losses", []))
-    tracker.series(run, "head_utilization_ratio", facts.get("head_utilization", []))
-    tracker.artifact(run, here(file), "clustering")
-    mosaic = file.with_name(MOSAIC_FILE)
-    if mosaic.is_file():
-        tracker.artifact(run, mosaic)

@@ -15,10 +15,9 @@ from cedm_ray.granularity.decision import TieSet
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.figures import figures
 from cedm_ray.report.run import Run
+from cedm_ray.stages.bounds import LowerBound, UpperBound
 from cedm_ray.stages.budget import mimg
-from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.records import FinalScore, TrialRecord
-from cedm_ray.stages.upper_bound import UpperBound
 
 COMPARABLE = ("fid", "fdd")
 NOT_COMPARABLE = "; not comparable with FID or FDD"

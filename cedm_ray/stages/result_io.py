@@ -13,13 +13,11 @@ from cedm_ray.report.read_run import RESULT_FILE, SO_FAR_FILE
 from cedm_ray.report.run import Run
 from cedm_ray.report.write import write_report
 from cedm_ray.stages import story
-from cedm_ray.stages.lower_bound import LowerBound
-from cedm_ray.stages.probes import ProbeRecord
+from cedm_ray.stages.bounds import LowerBound, ProbeRecord, UpperBound
 from cedm_ray.stages.records import FinalScore, TrialRecord
 from cedm_ray.stages.result import SearchResult
 from cedm_ray.stages.result_tracking import track_result
 from cedm_ray.stages.store import read_json, write_json
-from cedm_ray.stages.upper_bound import UpperBound
 
 if TYPE_CHECKING:
     from cedm_ray.stages.context import Context

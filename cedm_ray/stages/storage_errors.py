@@ -9,11 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cedm_ray.stages.checkup_finding import gigabytes
 from cedm_ray.stages.disk_faults import Fault, StorageError, find_fault
 
 SPARE_BYTES = 2**20
 """Left free beside a checkpoint, for the records of the trial and the lists of its checkpoints."""
+
+
+def bytes_in_words(size: float) -> str:
+    """Bytes in words, in decimal units, as disks are sold."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size / 1e3:,.0f} kB"
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Disk:
         return StorageError(f"the {self.name} {said}; the same command goes on")
 
     def _short(self, need: Need, fault: Fault) -> str:
-        size, free = gigabytes(need.size), gigabytes(self.free)
+        size, free = bytes_in_words(need.size), bytes_in_words(self.free)
         if fault.kind == "quota":  # of which the file system's free space says nothing
             return f"about {size}"
         # More may be free than it was: what was half written has been removed since.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from cedm_ray.clustering.clustering_io import MOSAIC_FILE
 from cedm_ray.report.rows import metric_title
 from cedm_ray.report.run import Run
 from cedm_ray.report.trial import Trial
 from cedm_ray.stages import links
 from cedm_ray.stages.checkpoints import SAMPLES_FILE
-from cedm_ray.stages.groupings import MOSAIC_FILE
 from cedm_ray.stages.runs_view import compared_name, runs_view
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ import torch
 from cedm_ray.stages import groupings
 from cedm_ray.stages.board import Beat, Board
 from cedm_ray.stages.bucket_files import look_for
-from cedm_ray.stages.checkpoints import forget_snapshot, keep_in_bucket
-from cedm_ray.stages.checkup_disk import COPIES
+from cedm_ray.stages.checkpoints import STATE_COPIES, forget_snapshot, keep_in_bucket
 from cedm_ray.stages.disk_faults import find_fault
 from cedm_ray.stages.embed import Embeddings
 from cedm_ray.stages.interruptions import FAILED, Failure, Interruptions
@@ -208,5 +207,5 @@ def _storage(job: TrialJob) -> Disk:
 
 def _checkpoint_need(worker: Worker) -> Need:
     """What a checkpoint takes: the network, its moving average, Adam's moments, and a little for what lies beside."""
-    state = COPIES * sum(p.numel() * p.element_size() for p in worker.state.net.parameters())
+    state = STATE_COPIES * sum(p.numel() * p.element_size() for p in worker.state.net.parameters())
     return Need(f"a checkpoint of {worker.job.label}", state + SPARE_BYTES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
@@ -13,53 +13,14 @@ from cedm_ray.consistency import KMEANS_HAS_NO_BOUND
 from cedm_ray.errors import UserError
 from cedm_ray.report.bound_figure import FittedCurve, ProbePoint, bound_figure
 from cedm_ray.report.write import write_page
+from cedm_ray.stages.bounds import UpperBound
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.probes import ProbeJobs, ProbeRecord, probes_at_once, run_probes, tell_probe
+from cedm_ray.stages.probes import ProbeJobs, probes_at_once, run_probes, tell_probe
 from cedm_ray.stages.store import write_json
 
 FIGURE = "upper_bound.png"
 _CURVE_POINTS = 80
-
-
-@dataclass(frozen=True)
-class UpperBound:
-    """What clustering alone says: no C at or above ``end`` is worth training."""
-
-    c_max: int
-    interval: tuple[int, int] | None
-    """Where C_max lies, with the probability ``confidence``; with the paper's rule its last bracket; None where C_max
-    is given."""
-    confidence: float | None
-    outcome: str
-    """``found``, ``out_of_probes`` where the interval is wider than wanted, ``capped`` where even the largest number of
-    clusters is used well, or ``given`` by the settings."""
-    probes: tuple[ProbeRecord, ...] = ()
-    """In the order in which they came."""
-    curve: FittedCurve | None = None
-    """The fitted mean of r_C."""
-
-    @property
-    def end(self) -> int:
-        """C is searched below this: the upper end of the interval."""
-        return self.c_max if self.interval is None else max(self.c_max, self.interval[1])
-
-    def sentence(self, full_work: int) -> str:
-        """In words.
-
-        Args:
-            full_work: Epochs times heads of a full probe.
-        """
-        if self.interval is None:
-            return f"C_max is {self.c_max} (as given)"
-        low, high = self.interval
-        sure = "" if self.confidence is None else f"{self.confidence:.0%} "
-        cost = sum(probe.work for probe in self.probes) / full_work
-        wide = ", wider than wanted: bound.max-probes are spent" if self.outcome == "out_of_probes" else ""
-        return (
-            f"C_max is {self.c_max}, {sure}interval [{low}, {high}]{wide} "
-            f"(probes: {len(self.probes)}, the work of {cost:.3g} full ones)"
-        )
 
 
 def find_upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound:

@@ -11,13 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE
 from cedm_ray.config import SearchConfig
 from cedm_ray.metrics.stats import StatsFacts
 from cedm_ray.settings import FinalSettings, GranularitySettings, RuleName
 from cedm_ray.stages import ledger as ledger_module
 from cedm_ray.stages.decide import decide
 from cedm_ray.stages.delivery import Delivery
-from cedm_ray.stages.exported import CLUSTERING_FILE
 from cedm_ray.stages.granularity import _recall, make_search
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.ledger_callback import LedgerCallback

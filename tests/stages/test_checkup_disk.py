@@ -24,7 +24,7 @@ from cedm_ray.stages.checkup_disk import (
     stored_bytes,
     trials_of,
 )
-from cedm_ray.stages.checkup_finding import gigabytes
+from cedm_ray.stages.storage_errors import bytes_in_words
 
 DIGITS = Pile(1797, 8, 1, True)
 CIFAR = Pile(50_000, 32, 3, True)
@@ -60,7 +60,9 @@ def test_every_part_is_what_it_is_made_of() -> None:
         "figures and logs": AROUND,
     }
     need = disk_needed(config, DIGITS, 6)
-    assert need.total == sum(parts.values()) and str(need).startswith(f"{gigabytes(need.total)}, 100.0 MB of them fig")
+    assert need.total == sum(parts.values()) and str(need).startswith(
+        f"{bytes_in_words(need.total)}, 100.0 MB of them fig"
+    )
 
 
 def test_checkpoints_are_most_of_it_for_a_real_network() -> None:
@@ -126,7 +128,7 @@ def test_a_disk_that_is_too_small_is_told_with_what_is_needed(tmp_path: Path, mo
     assert levels == {least - 1: "fail", least: "warn", most - 1: "warn", most: "ok"}
     with_free(monkeypatch, 10**6)
     finding = disk_finding(config, DIGITS, storage)
-    assert finding.text.startswith(f"1.0 MB free under {storage}; the search needs at least {gigabytes(least)}")
+    assert finding.text.startswith(f"1.0 MB free under {storage}; the search needs at least {bytes_in_words(least)}")
     assert "--storage-path" in finding.fix
 
 
@@ -146,4 +148,4 @@ def test_what_is_stored_already_counts(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("size", "said"), [(999, "1 kB"), (2_500_000, "2.5 MB"), (1_234_567_890_123, "1,234.6 GB")])
 def test_bytes_in_words(size: int, said: str) -> None:
-    assert gigabytes(size) == said
+    assert bytes_in_words(size) == said

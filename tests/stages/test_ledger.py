@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import pytest
 
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE
 from cedm_ray.config import SearchConfig
 from cedm_ray.metrics.stats import StatsFacts
 from cedm_ray.settings import FinalSettings, GranularitySettings
 from cedm_ray.stages.checkpoints import SAMPLES_FILE
-from cedm_ray.stages.exported import CLUSTERING_FILE
 from cedm_ray.stages.ledger import Ledger
 from cedm_ray.stages.ledger_callback import LedgerCallback
 from cedm_ray.stages.plan import Planner

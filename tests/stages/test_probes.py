@@ -9,12 +9,11 @@ from cedm_ray.clustering.paper_rule import PaperRule
 from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
+from cedm_ray.stages.bounds import LowerBound, UpperBound
 from cedm_ray.stages.groupings import clustering_job
 from cedm_ray.stages.interruptions import FAILED
-from cedm_ray.stages.lower_bound import LowerBound
 from cedm_ray.stages.probes import MAX_RETRIES, ProbeJobs, ProbeSearcher
 from cedm_ray.stages.store import Store
-from cedm_ray.stages.upper_bound import UpperBound
 
 EMBEDDINGS = {"images": "abc", "backbone": "pixels"}
 

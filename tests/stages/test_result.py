@@ -11,14 +11,12 @@ from rich.console import Console
 
 from cedm_ray.granularity.decision import TieSet
 from cedm_ray.report.bound_figure import FittedCurve
-from cedm_ray.stages.lower_bound import LowerBound
-from cedm_ray.stages.probes import ProbeRecord
+from cedm_ray.stages.bounds import LowerBound, ProbeRecord, UpperBound
 from cedm_ray.stages.records import FinalScore, State, TrialRecord
 from cedm_ray.stages.result import SearchResult
 from cedm_ray.stages.result_io import read_result
 from cedm_ray.stages.result_tracking import track_result
 from cedm_ray.stages.result_view import show
-from cedm_ray.stages.upper_bound import UpperBound
 
 SCORES = tuple(
     {"metric": metric, "value": value, "std": std, "detector": "lenet", "weights_hash": "ab" * 32, "resize": "none",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ray.train import UserCallback as RunCallback
 
-from cedm_ray.clustering.clustering_io import save_clustering
+from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, save_clustering
 from cedm_ray.clustering.types import make_clustering
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.digits import digits
@@ -28,7 +28,6 @@ from cedm_ray.stages import trial
 from cedm_ray.stages.checkpoints import STATE_FILE
 from cedm_ray.stages.detectors import lenet_spec
 from cedm_ray.stages.features import FeatureParts
-from cedm_ray.stages.groupings import CLUSTERING_FILE
 from cedm_ray.stages.plan import Planner, TrialJob
 from cedm_ray.stages.scoring import Reference, Scoring
 from cedm_ray.stages.shares import Shares
