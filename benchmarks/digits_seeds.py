@@ -13,8 +13,8 @@ from record import arguments, end
 
 from cedm_ray.config import load
 from cedm_ray.search import run
-from cedm_ray.stages.records import TrialRecord
-from cedm_ray.stages.result import SearchResult
+from cedm_ray.stages.results.result import SearchResult
+from cedm_ray.stages.training.records import TrialRecord
 
 
 def score(trial: TrialRecord, kimg: int) -> str:

@@ -32,14 +32,14 @@ from cedm_ray.config import load
 from cedm_ray.data.pack import IMAGES, load_packed, pack
 from cedm_ray.features.backbones import BackboneSpec
 from cedm_ray.settings import EmbedSettings
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import connected
+from cedm_ray.stages.cluster.board import Board
+from cedm_ray.stages.cluster.connection import connected
+from cedm_ray.stages.cluster.shares import Shares
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.embed import embed
-from cedm_ray.stages.shares import Shares
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.inputs.embed import embed
+from cedm_ray.stages.storage.store import Store
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "stages"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "stages" / "inputs"))
 from embed_growth import Noise
 
 CUDA = torch.cuda.is_available()

@@ -21,9 +21,9 @@ import ray
 from record import arguments, end
 
 from cedm_ray.stages import RAY_ENVIRONMENT
-from cedm_ray.stages.embed import embed
+from cedm_ray.stages.inputs.embed import embed
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "stages"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "stages" / "inputs"))
 from embed_growth import Peak, context
 
 MIB = 2**20

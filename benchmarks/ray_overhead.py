@@ -45,19 +45,19 @@ from cedm_ray.diffusion.train import new_state, train
 from cedm_ray.granularity.runs import Leg, name_of
 from cedm_ray.granularity.search import Verdict
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import connected
+from cedm_ray.stages.cluster.board import Board
+from cedm_ray.stages.cluster.connection import connected
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.images import pack_images
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.plan import Planner, TrialJob
-from cedm_ray.stages.records import read_record
-from cedm_ray.stages.scoring import prepare_scoring
-from cedm_ray.stages.store import Store
-from cedm_ray.stages.terminal import Terminal
-from cedm_ray.stages.tracking import Tracker, database_uri
-from cedm_ray.stages.trials import tune_trials
+from cedm_ray.stages.inputs.images import pack_images
+from cedm_ray.stages.inputs.scoring import prepare_scoring
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.storage.store import Store
+from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.records import read_record
+from cedm_ray.stages.training.trial_job import Planner, TrialJob
+from cedm_ray.stages.training.trials import tune_trials
 
 PAPER_S, PAPER_KIMG, PAPER_BATCH, PAPER_RUNGS = 86_400, 100_000, 1024, 4
 PAPER_STATE_BYTES = 4 * 4 * 56_000_000  # network, average and two moments of 56 million parameters in float32

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from cedm_ray.config import SearchConfig, load
 from cedm_ray.errors import UserError
-from cedm_ray.stages.checkup import Finding, quick_findings
-from cedm_ray.stages.checkup_disk import Pile, checkpoint_bytes
-from cedm_ray.stages.checkup_inputs import open_images, settings_findings, weights_of
-from cedm_ray.stages.checkup_storage import is_server, server_finding
-from cedm_ray.stages.checkup_versions import import_finding
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.checkup.disk import Pile, checkpoint_bytes
+from cedm_ray.stages.checkup.inputs import open_images, settings_findings, weights_of
+from cedm_ray.stages.checkup.quick import Finding, quick_findings
+from cedm_ray.stages.checkup.storage import is_server, server_finding
+from cedm_ray.stages.checkup.versions import import_finding
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.terminal import Terminal
 
 USAGE = """python -m cedm_ray.doctor [--json] [FLAGS]: what this machine or cluster lacks for a search with these flags.
 
@@ -62,7 +62,7 @@ def _cluster(config: SearchConfig, pile: Pile | None, terminal: Terminal) -> lis
     address = os.environ.get("RAY_ADDRESS")
     terminal.line(f"joining Ray at {address}" if address else "starting Ray, which takes some seconds")
     # Ray takes seconds to import.
-    from cedm_ray.stages.checkup_nodes import cluster_findings
+    from cedm_ray.stages.checkup.nodes import cluster_findings
 
     with tempfile.TemporaryDirectory() as folder, noise_to(Path(folder) / "ray.log", terminal.console):
         return cluster_findings(config, 0 if pile is None else checkpoint_bytes(config.diffusion, pile))

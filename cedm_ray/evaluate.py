@@ -20,13 +20,13 @@ from cedm_ray.flags import parse_flags
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.tables import scores_table
-from cedm_ray.stages.detectors import DetectorSpec, check_detectors, lenet_spec, load_detectors
-from cedm_ray.stages.features import MAX_KEPT, FeatureParts
-from cedm_ray.stages.images import pack_images
-from cedm_ray.stages.progress import WorkCounter
-from cedm_ray.stages.score_rows import score_row
-from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.inputs.detectors import DetectorSpec, check_detectors, lenet_spec, load_detectors
+from cedm_ray.stages.inputs.features import MAX_KEPT, FeatureParts
+from cedm_ray.stages.inputs.images import pack_images
+from cedm_ray.stages.results.score_rows import score_row
+from cedm_ray.stages.show.progress import WorkCounter
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,18 @@ from cedm_ray.diffusion.starts import draw_conditions
 from cedm_ray.errors import UserError, require
 from cedm_ray.flags import parse_flags
 from cedm_ray.report.grids import sample_grid
-from cedm_ray.stages.exported import Confidence, ExportedModel, open_confidence, open_exported
-from cedm_ray.stages.progress import WorkCounter
-from cedm_ray.stages.sample_output import Sample, file_name, free_place, is_grid, whole, write_image, write_table
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.results.exported import Confidence, ExportedModel, open_confidence, open_exported
+from cedm_ray.stages.results.sample_output import (
+    Sample,
+    file_name,
+    free_place,
+    is_grid,
+    whole,
+    write_image,
+    write_table,
+)
+from cedm_ray.stages.show.progress import WorkCounter
+from cedm_ray.stages.show.terminal import Terminal
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cedm_ray.errors import UserError
-from cedm_ray.stages.progress import ErrorFacts, ResultFacts, RunsFacts, StoppedFacts
-from cedm_ray.stages.screens import json_line, standard_console
-from cedm_ray.stages.stopping import INTERRUPTED, Signals, Stopped
-from cedm_ray.stages.terminal import Mode, Terminal
+from cedm_ray.stages.show.progress import ErrorFacts, ResultFacts, RunsFacts, StoppedFacts
+from cedm_ray.stages.show.screens import json_line, standard_console
+from cedm_ray.stages.show.stopping import INTERRUPTED, Signals, Stopped
+from cedm_ray.stages.show.terminal import Mode, Terminal
 from cedm_ray.usage import short_help
 
 if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import, which help and a list of runs do not need
     from cedm_ray.config import SearchConfig
-    from cedm_ray.stages.result import SearchResult
+    from cedm_ray.stages.results.result import SearchResult
 
 VIEWS: dict[str, Mode] = {"--plain": "plain", "--json": "json"}
 """Flags that change what is shown and nothing else; they are no settings."""
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = ["--help" if flag == "--help-all" else flag for flag in flags if flag not in VIEWS]
     if "--list-runs" in settings:
         return _list_runs(settings, mode)
-    from cedm_ray.stages.outbox import shown
+    from cedm_ray.stages.tracking.outbox import shown
 
     resume = shown(shlex.join(["python", "-m", "cedm_ray.search", *flags]))
     with _console(mode) as console:
@@ -85,7 +85,7 @@ def _search(settings: Sequence[str], terminal: Terminal, resume: str) -> int:
     from cedm_ray.config import load
     from cedm_ray.stages import driver
     from cedm_ray.stages.dry_run import dry_run
-    from cedm_ray.stages.result_view import show
+    from cedm_ray.stages.results.printed import show
 
     config = load(settings)
     if config.dry_run:
@@ -120,7 +120,7 @@ def _list_runs(flags: Sequence[str], mode: Mode | None) -> int:
     """Print the runs in the storage folder, or in this machine's copy of a bucket; of the other flags only
     ``--storage-path`` counts."""
     from cedm_ray.data.storage import COPIES, storage_folder
-    from cedm_ray.stages.run_list import list_runs, runs_table
+    from cedm_ray.stages.show.run_list import list_runs, runs_table
 
     given = [flag.removeprefix("--storage-path=") for flag in flags if flag.startswith("--storage-path=")]
     given += [value for flag, value in pairwise(flags) if flag == "--storage-path"]

@@ -45,7 +45,7 @@ def make_export(tmp_path_factory: pytest.TempPathFactory) -> MakeExport:
     def make(grouping: str = "temi", *, backbone: str = PIXELS, weights: Path | None = None,
              conditions: str = "cluster_probs", **diffusion: Any) -> Path:  # fmt: skip
         # Not at the top: Ray takes seconds to import, which most tests need not.
-        from cedm_ray.stages.export import export_model
+        from cedm_ray.stages.results.export import export_model
 
         folder = tmp_path_factory.mktemp("run")
         list(pack(FirstImages(digits(), NUM_IMAGES), folder / "images"))
@@ -79,9 +79,9 @@ def _job(folder: Path, grouping: str, backbone: str, weights: Path | None, condi
 
 
 def _clustering(folder: Path, backbone: str, weights: Path | None) -> Any:
-    from cedm_ray.stages import groupings
-    from cedm_ray.stages.embed import Embeddings
-    from cedm_ray.stages.store import Store
+    from cedm_ray.stages.inputs import groupings
+    from cedm_ray.stages.inputs.embed import Embeddings
+    from cedm_ray.stages.storage.store import Store
 
     images = load_packed(folder / "images").images
     loaded = load_backbone(backbone, weights, device="cpu", pixel_stats=pixel_stats(images))
@@ -106,7 +106,7 @@ def _reference(folder: Path, detector: str) -> Any:
 
 def _checkpoint(folder: Path, job: Any) -> Path:
     """A network that has been given some life: a fresh one answers the same to every condition."""
-    from cedm_ray.stages.checkpoints import RUNGS_FILE, SAMPLES_FILE, STATE_FILE
+    from cedm_ray.stages.storage.checkpoints import RUNGS_FILE, SAMPLES_FILE, STATE_FILE
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()

@@ -1,4 +1,4 @@
-"""The doctor as a user calls it; its parts are tested in tests/stages/test_checkup_*.py."""
+"""The doctor as a user calls it; its parts are tested in tests/stages/checkup."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from cedm_ray import doctor
 from cedm_ray.doctor import main
-from cedm_ray.stages.checkup import Finding
+from cedm_ray.stages.checkup.quick import Finding
 
 
 @pytest.fixture

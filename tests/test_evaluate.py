@@ -10,7 +10,7 @@ from prdc import compute_prdc
 from cedm_ray.data.digits import digits
 from cedm_ray.evaluate import main
 from cedm_ray.metrics.lenet import load_lenet
-from cedm_ray.stages.features import FeatureParts
+from cedm_ray.stages.inputs.features import FeatureParts
 
 DIGITS = digits().read(0, 1797)
 NUM = 200

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from cedm_ray.stages.stopping import NOW_S, TERM_GRACE_S
+from cedm_ray.stages.show.stopping import NOW_S, TERM_GRACE_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

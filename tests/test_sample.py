@@ -28,7 +28,7 @@ from cedm_ray.diffusion.starts import draw_conditions
 from cedm_ray.features.pixels import PixelBackbone, pixel_stats
 from cedm_ray.report.grids import sample_grid
 from cedm_ray.sample import main
-from cedm_ray.stages.exported import open_exported
+from cedm_ray.stages.results.exported import open_exported
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

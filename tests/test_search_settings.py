@@ -18,9 +18,10 @@ from rich.console import Console
 from cedm_ray.config import SearchConfig, fingerprint_tree, load
 from cedm_ray.report import read_run
 from cedm_ray.search import main
-from cedm_ray.stages import lock, run_list
 from cedm_ray.stages.driver import settings_of
-from cedm_ray.stages.run_list import list_runs, runs_table
+from cedm_ray.stages.show import run_list
+from cedm_ray.stages.show.run_list import list_runs, runs_table
+from cedm_ray.stages.storage import lock
 from cedm_ray.usage import EXAMPLES, GROUPS, Flag, short_help
 
 ROOT = Path(__file__).parent.parent

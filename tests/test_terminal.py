@@ -21,13 +21,13 @@ import pytest
 from nbclient import NotebookClient
 from rich.console import Console
 
-from cedm_ray.stages import progress, screens
-from cedm_ray.stages.gpu_use import gpu_use, use_of
-from cedm_ray.stages.progress import DecisionFacts, TrialFacts, Work
-from cedm_ray.stages.screens import ScreenConsole
-from cedm_ray.stages.stopping import Stopped, Stopping
-from cedm_ray.stages.terminal import Terminal
-from cedm_ray.stages.terminal_view import HINT, Moment, view
+from cedm_ray.stages.cluster.gpu_use import gpu_use, use_of
+from cedm_ray.stages.show import progress, screens
+from cedm_ray.stages.show.progress import DecisionFacts, TrialFacts, Work
+from cedm_ray.stages.show.screens import ScreenConsole
+from cedm_ray.stages.show.stopping import Stopped, Stopping
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.show.terminal_view import HINT, Moment, view
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -200,11 +200,11 @@ def test_a_stage_does_not_end_while_its_works_are_read(quick: None) -> None:
 
 LIVE = """
 import time
-from cedm_ray.stages import progress
+from cedm_ray.stages.show import progress
 progress.TICK_S = 0.02
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.progress import Work
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.progress import Work
+from cedm_ray.stages.show.terminal import Terminal
 import os, sys
 from pathlib import Path
 class Works:
@@ -286,8 +286,8 @@ def test_noise_goes_to_the_log_and_our_lines_to_the_screen(tmp_path: Path) -> No
     program = f"""
 import os, sys
 from pathlib import Path
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.terminal import Terminal
 terminal = Terminal()
 with noise_to(Path({str(tmp_path / "log")!r}), terminal.console):
     os.write(2, b"from C++\\n"); print("from Python"); terminal.line("ours")
@@ -330,8 +330,8 @@ def test_gpu_use_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 NOTEBOOK_CELL = """
 import logging, os, sys
 from pathlib import Path
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.terminal import Terminal
 logger = logging.getLogger("library")
 logger.addHandler(logging.StreamHandler())  # keeps the kernel's stream, as Ray's does
 terminal = Terminal()

@@ -1,4 +1,18 @@
-"""The only rooms with Ray and MLflow in them: they wire the lower rooms together and decide nothing."""
+"""The only rooms with Ray and MLflow in them: they wire the lower rooms together.
+
+What is started here are the stages, in the order of ``pipeline.py``; below them, each knowing those under it alone:
+
+- ``results``: what a search found: read, printed, logged, exported
+- ``checkup``: what a machine or a cluster lacks
+- ``budget``: what a search may train, and what that takes
+- ``training``: trials, from Tune's decisions down to a worker's steps, and their records
+- ``inputs``: images, embeddings, clusterings, detectors and features, made once and kept
+- ``context``: what all stages of a search share
+- ``cluster``: Ray, its nodes, and how they are divided
+- ``tracking``: MLflow
+- ``show``: the terminal, and what Ctrl-C does
+- ``storage``: whole files, checkpoints, the store, and its copy in a bucket
+"""
 
 import os
 

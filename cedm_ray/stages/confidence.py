@@ -21,16 +21,16 @@ from cedm_ray.diffusion.settings import build_net
 from cedm_ray.diffusion.state_io import read_ema
 from cedm_ray.errors import UserError
 from cedm_ray.settings import DiffusionSettings
-from cedm_ray.stages.bucket_entries import here
-from cedm_ray.stages.bucket_files import fetch_files, keep_files
-from cedm_ray.stages.checkpoints import weights_file, whole
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.exported import ExportedModel, open_confidence, open_exported
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.paths import absolute
-from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.records import unconditional_record
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.results.exported import ExportedModel, open_confidence, open_exported
+from cedm_ray.stages.storage.bucket_entries import here
+from cedm_ray.stages.storage.bucket_files import fetch_files, keep_files
+from cedm_ray.stages.storage.checkpoints import weights_file, whole
+from cedm_ray.stages.storage.paths import absolute
+from cedm_ray.stages.storage.store import Store
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.records import unconditional_record
+from cedm_ray.stages.training.trial_job import TrialJob
 from cedm_ray.weights.files import fill
 from cedm_ray.weights.whole_file import whole_file
 

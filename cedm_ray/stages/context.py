@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import PackedImages
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.shares import Shares
-from cedm_ray.stages.stopping import Stopping
-from cedm_ray.stages.store import Store
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.cluster.board import Board
+from cedm_ray.stages.cluster.shares import Shares
+from cedm_ray.stages.show.stopping import Stopping
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.storage.store import Store
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and only the driver needs it
-    from cedm_ray.stages.tracking import Tracker
+    from cedm_ray.stages.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)

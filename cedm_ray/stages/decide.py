@@ -11,13 +11,13 @@ from statistics import fmean, geometric_mean
 from cedm_ray.config import SearchConfig
 from cedm_ray.granularity.decision import TieSet, Trained, pareto_front, tie_set
 from cedm_ray.settings import SEARCHED
-from cedm_ray.stages.account import Account
+from cedm_ray.stages.budget.account import Account
+from cedm_ray.stages.cluster.waiting import Places
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.records import TrialRecord
-from cedm_ray.stages.trials import TrialSource, tune_trials
-from cedm_ray.stages.waiting import Places
+from cedm_ray.stages.inputs.embed import Embeddings
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.records import TrialRecord
+from cedm_ray.stages.training.trials import TrialSource, tune_trials
 
 Scored = tuple[TrialRecord, tuple[float, ...]]
 """A training that reached the end of the search, and the scores of its sets of images there."""

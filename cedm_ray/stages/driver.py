@@ -14,29 +14,29 @@ from cedm_ray.data.pack import load_packed
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
-from cedm_ray.stages.budget_plan import plan_of
-from cedm_ray.stages.checkup import quick_findings, refuse_failures
-from cedm_ray.stages.checkup_disk import Pile, still_needed
-from cedm_ray.stages.detectors import check_detectors
-from cedm_ray.stages.disk_faults import find_fault
-from cedm_ray.stages.images import open_images, pack_images
-from cedm_ray.stages.leftovers import remove_leftovers
-from cedm_ray.stages.lock import owned
-from cedm_ray.stages.mirror import Mirror
-from cedm_ray.stages.noise import noise_to
-from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal, shown
-from cedm_ray.stages.preflight import check_inputs
-from cedm_ray.stages.result import SearchResult
-from cedm_ray.stages.result_io import read_result
-from cedm_ray.stages.stopping import Signals
-from cedm_ray.stages.storage_errors import Need, bytes_in_words, told_clearly
-from cedm_ray.stages.store import Store, for_this_user, key_of, prepare_storage, write_json
-from cedm_ray.stages.terminal import Terminal
-from cedm_ray.stages.warned import warned
+from cedm_ray.stages.budget.plan import plan_of
+from cedm_ray.stages.checkup.disk import Pile, still_needed
+from cedm_ray.stages.checkup.quick import quick_findings, refuse_failures
+from cedm_ray.stages.inputs.detectors import check_detectors
+from cedm_ray.stages.inputs.images import open_images, pack_images
+from cedm_ray.stages.inputs.preflight import check_inputs
+from cedm_ray.stages.results.result import SearchResult
+from cedm_ray.stages.results.result_file import read_result
+from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.stopping import Signals
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.show.warned import warned
+from cedm_ray.stages.storage.disk_faults import find_fault
+from cedm_ray.stages.storage.leftovers import remove_leftovers
+from cedm_ray.stages.storage.lock import owned
+from cedm_ray.stages.storage.mirror import Mirror
+from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words, told_clearly
+from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
+from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal, shown
 from cedm_ray.weights.listing import file_sha256
 
 if TYPE_CHECKING:
-    from cedm_ray.stages.tracking import Tracker
+    from cedm_ray.stages.tracking.tracker import Tracker
 
 FULL_DISK_WAIT_S = 2.0
 
@@ -162,11 +162,11 @@ def _search(
 ) -> SearchResult:
     """Open what a search needs (packed images, MLflow, Ray), and go through its stages."""
     # Ray and MLflow take seconds to import, which a search that is done does not need.
-    from cedm_ray.stages.board import Board
-    from cedm_ray.stages.cluster import connected
+    from cedm_ray.stages.cluster.board import Board
+    from cedm_ray.stages.cluster.connection import connected
+    from cedm_ray.stages.cluster.waiting import watched
     from cedm_ray.stages.context import Context
     from cedm_ray.stages.pipeline import find_visual_groups
-    from cedm_ray.stages.waiting import watched
 
     storage = folder.parent
     store = Store(storage / "store")
@@ -206,7 +206,7 @@ def _tracked(
     config: SearchConfig, key: str, name: str, folder: Path, terminal: Terminal, skipped: int
 ) -> Iterator[Tracker]:
     """MLflow with the search's own run open; it is closed whatever happens, and says how the search has ended."""
-    from cedm_ray.stages.tracking import CLOSE_WAIT_S, flat
+    from cedm_ray.stages.tracking.tracker import CLOSE_WAIT_S, flat
 
     tracker = _tracker(config, name, folder, terminal)
     tags = {"stage": "search", "dataset": name, "state": "running", "skipped_images": skipped}
@@ -231,7 +231,7 @@ def _tracked(
 
 def _tracker(config: SearchConfig, name: str, folder: Path, terminal: Terminal) -> Tracker:
     """MLflow, whose journal lies in the run folder."""
-    from cedm_ray.stages.tracking import Tracker, database_uri
+    from cedm_ray.stages.tracking.tracker import Tracker, database_uri
 
     uri = config.tracking_uri or database_uri(folder.parent)
     artifacts = None if config.tracking_uri else folder.parent / "mlflow-artifacts"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
 from cedm_ray.errors import UserError
-from cedm_ray.stages.budget_plan import plan_of
-from cedm_ray.stages.images import open_images
-from cedm_ray.stages.progress import PlanFacts
-from cedm_ray.stages.result_view import print_pairs
-from cedm_ray.stages.terminal import Terminal
+from cedm_ray.stages.budget.plan import plan_of
+from cedm_ray.stages.inputs.images import open_images
+from cedm_ray.stages.results.printed import print_pairs
+from cedm_ray.stages.show.progress import PlanFacts
+from cedm_ray.stages.show.terminal import Terminal
 
 
 def dry_run(config: SearchConfig, terminal: Terminal) -> None:

@@ -18,23 +18,23 @@ from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, score_of
 from cedm_ray.metrics.scores import Score
 from cedm_ray.metrics.stats import load_stats
-from cedm_ray.stages.bucket_files import fetch_files
-from cedm_ray.stages.checkpoints import intact, whole
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.decide import Decision
-from cedm_ray.stages.detectors import DetectorSpec
-from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.export import export_model
-from cedm_ray.stages.exported import EXPORT_FOLDER
-from cedm_ray.stages.features import FeatureParts
-from cedm_ray.stages.images import pack_images
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.plan import TrialJob
-from cedm_ray.stages.records import FinalScore, TrialRecord, unconditional_record
-from cedm_ray.stages.scoring import Reference
-from cedm_ray.stages.store import Store, read_json, write_json
-from cedm_ray.stages.trials import TrialSource, tune_trials
-from cedm_ray.stages.worker import samples_stats_file
+from cedm_ray.stages.inputs.detectors import DetectorSpec
+from cedm_ray.stages.inputs.embed import Embeddings
+from cedm_ray.stages.inputs.features import FeatureParts
+from cedm_ray.stages.inputs.images import pack_images
+from cedm_ray.stages.inputs.scoring import Reference
+from cedm_ray.stages.results.export import export_model
+from cedm_ray.stages.results.exported import EXPORT_FOLDER
+from cedm_ray.stages.storage.bucket_files import fetch_files
+from cedm_ray.stages.storage.checkpoints import intact, whole
+from cedm_ray.stages.storage.store import Store, read_json, write_json
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.records import FinalScore, TrialRecord, unconditional_record
+from cedm_ray.stages.training.trial_job import TrialJob
+from cedm_ray.stages.training.trials import TrialSource, tune_trials
+from cedm_ray.stages.training.worker import samples_stats_file
 
 EVALUATION_FILE = "evaluation.json"
 

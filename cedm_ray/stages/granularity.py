@@ -12,14 +12,14 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.domains import Choice, Domain
 from cedm_ray.granularity.rank_agreement import disagreement, rank_agreement
 from cedm_ray.granularity.search import GranularitySearch, SearchPlan
-from cedm_ray.stages.account import Account
-from cedm_ray.stages.budget import mimg
+from cedm_ray.stages.budget.account import Account
+from cedm_ray.stages.budget.spending import mimg
+from cedm_ray.stages.cluster.waiting import Places
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.progress import duration
-from cedm_ray.stages.trials import TrialSource, tune_trials
-from cedm_ray.stages.waiting import Places
+from cedm_ray.stages.inputs.embed import Embeddings
+from cedm_ray.stages.show.progress import duration
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.trials import TrialSource, tune_trials
 
 
 def grid(points: range, count: int) -> tuple[int, ...]:

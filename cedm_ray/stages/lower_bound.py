@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 import ray
 
 from cedm_ray.errors import UserError
-from cedm_ray.stages import groupings
-from cedm_ray.stages.bounds import LowerBound
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.groupings import clustering_job
+from cedm_ray.stages.inputs import groupings
+from cedm_ray.stages.inputs.embed import Embeddings
+from cedm_ray.stages.inputs.groupings import clustering_job
 from cedm_ray.stages.probes import tell_probe
-from cedm_ray.stages.store import write_json
+from cedm_ray.stages.results.bounds import LowerBound
+from cedm_ray.stages.storage.store import write_json
 
 OVERESTIMATES = (1.5, 2.0, 3.0)
 

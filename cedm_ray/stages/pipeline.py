@@ -11,27 +11,27 @@ from cedm_ray.clustering.knn_accuracy import knn_accuracy
 from cedm_ray.errors import UserError
 from cedm_ray.granularity.budget import Workload
 from cedm_ray.settings import SEARCHED
-from cedm_ray.stages.account import Account
-from cedm_ray.stages.bounds import LowerBound, UpperBound
-from cedm_ray.stages.budget import Spent, costs, workload
+from cedm_ray.stages.budget.account import Account
+from cedm_ray.stages.budget.speeds import Speeds
+from cedm_ray.stages.budget.spending import Spent, costs, workload
 from cedm_ray.stages.confidence import make_confidence
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.decide import Decision, confirm, decide
-from cedm_ray.stages.embed import Embeddings, embed, find_neighbors
 from cedm_ray.stages.final import train_final
 from cedm_ray.stages.granularity import grid, search_granularity, trials_at_once
-from cedm_ray.stages.groupings import given_groupings
-from cedm_ray.stages.ledger import Ledger
+from cedm_ray.stages.inputs.embed import Embeddings, embed, find_neighbors
+from cedm_ray.stages.inputs.groupings import given_groupings
+from cedm_ray.stages.inputs.scoring import Scoring, prepare_scoring
 from cedm_ray.stages.lower_bound import find_lower_bound
-from cedm_ray.stages.plan import Planner
-from cedm_ray.stages.progress import DecisionFacts
-from cedm_ray.stages.records import FinalScore
-from cedm_ray.stages.result import SearchResult
-from cedm_ray.stages.result_io import write_result, write_so_far
-from cedm_ray.stages.scoring import Scoring, prepare_scoring
-from cedm_ray.stages.speeds import Speeds
-from cedm_ray.stages.terminal import Terminal
-from cedm_ray.stages.tracking import ui_command
+from cedm_ray.stages.results.bounds import LowerBound, UpperBound
+from cedm_ray.stages.results.result import SearchResult
+from cedm_ray.stages.results.result_file import write_result, write_so_far
+from cedm_ray.stages.show.progress import DecisionFacts
+from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.tracking.tracker import ui_command
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.records import FinalScore
+from cedm_ray.stages.training.trial_job import Planner
 from cedm_ray.stages.upper_bound import find_upper_bound
 
 VOTING_NEIGHBORS = 20

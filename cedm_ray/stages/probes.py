@@ -14,22 +14,22 @@ from ray.tune.search import Searcher
 from cedm_ray.clustering.clustering_io import MOSAIC_FILE
 from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.config import SearchConfig
-from cedm_ray.stages import groupings
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.bounds import ProbeRecord
-from cedm_ray.stages.clusterings_logged import track_clustering
+from cedm_ray.stages.cluster.board import Board
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.disk_faults import find_fault
-from cedm_ray.stages.driver_only import DriverCallback
-from cedm_ray.stages.embed import Embeddings
-from cedm_ray.stages.groupings import ClusteringJob, clustering_job
-from cedm_ray.stages.interruptions import FAILED, Failure
-from cedm_ray.stages.progress import ProbeFacts
-from cedm_ray.stages.stopping import Stopping
-from cedm_ray.stages.storage_watch import StorageWatch
-from cedm_ray.stages.store import Store
-from cedm_ray.stages.story import probe_page
-from cedm_ray.stages.tune_run import run_settings
+from cedm_ray.stages.inputs import groupings
+from cedm_ray.stages.inputs.embed import Embeddings
+from cedm_ray.stages.inputs.groupings import ClusteringJob, clustering_job
+from cedm_ray.stages.results.bounds import ProbeRecord
+from cedm_ray.stages.show.progress import ProbeFacts
+from cedm_ray.stages.show.stopping import Stopping
+from cedm_ray.stages.storage.disk_faults import find_fault
+from cedm_ray.stages.storage.store import Store
+from cedm_ray.stages.tracking.clusterings import track_clustering
+from cedm_ray.stages.tracking.story import probe_page
+from cedm_ray.stages.training.driver_only import DriverCallback
+from cedm_ray.stages.training.interruptions import FAILED, Failure
+from cedm_ray.stages.training.storage_watch import StorageWatch
+from cedm_ray.stages.training.tune_run import run_settings
 
 if TYPE_CHECKING:
     pass

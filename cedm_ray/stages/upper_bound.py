@@ -13,11 +13,11 @@ from cedm_ray.consistency import KMEANS_HAS_NO_BOUND
 from cedm_ray.errors import UserError
 from cedm_ray.report.bound_figure import FittedCurve, ProbePoint, bound_figure
 from cedm_ray.report.write import write_page
-from cedm_ray.stages.bounds import UpperBound
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.embed import Embeddings
+from cedm_ray.stages.inputs.embed import Embeddings
 from cedm_ray.stages.probes import ProbeJobs, probes_at_once, run_probes, tell_probe
-from cedm_ray.stages.store import write_json
+from cedm_ray.stages.results.bounds import UpperBound
+from cedm_ray.stages.storage.store import write_json
 
 FIGURE = "upper_bound.png"
 _CURVE_POINTS = 80

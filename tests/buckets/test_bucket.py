@@ -15,11 +15,11 @@ import pytest
 from cedm_ray.config import fingerprint_tree, load
 from cedm_ray.data.storage import storage_folder
 from cedm_ray.errors import UserError
-from cedm_ray.stages import bucket, bucket_files
-from cedm_ray.stages.bucket_entries import MARK, fetch_entry, here, keep_entry
-from cedm_ray.stages.checkpoints import keep_in_bucket
-from cedm_ray.stages.claim import claimed
-from cedm_ray.stages.mirror import Mirror
+from cedm_ray.stages.storage import bucket, bucket_files
+from cedm_ray.stages.storage.bucket_entries import MARK, fetch_entry, here, keep_entry
+from cedm_ray.stages.storage.checkpoints import keep_in_bucket
+from cedm_ray.stages.storage.claim import claimed
+from cedm_ray.stages.storage.mirror import Mirror
 
 boto3 = pytest.importorskip("boto3")
 
@@ -127,7 +127,7 @@ def test_the_list_of_2500_objects_takes_three_requests(server: tuple[str, Any], 
 UPLOAD = """
 import sys
 from pathlib import Path
-from cedm_ray.stages.bucket_entries import keep_entry
+from cedm_ray.stages.storage.bucket_entries import keep_entry
 print(keep_entry(Path(sys.argv[1])))
 """
 
@@ -239,8 +239,8 @@ def test_a_bucket_that_is_not_there_or_does_not_answer_is_one_line(
 HOLD = """
 import sys, time
 from pathlib import Path
-from cedm_ray.stages.checkpoints import keep_in_bucket
-from cedm_ray.stages.claim import claimed
+from cedm_ray.stages.storage.checkpoints import keep_in_bucket
+from cedm_ray.stages.storage.claim import claimed
 with claimed(Path(sys.argv[1]), renew_s=0.5, expire_s=4):
     print("held", flush=True)
     time.sleep(60)
@@ -315,7 +315,7 @@ def test_a_driver_that_was_held_up_and_finds_another_in_its_place_ends(
         bucket.write_object(run / "drivers" / "other.json", b'{"host": "h", "pid": 1, "since": "s"}')
         assert not lost.wait(1)  # in time: it is the other one that goes
         now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        monkeypatch.setattr("cedm_ray.stages.claim._now_s", lambda: now_s + 1000)
+        monkeypatch.setattr("cedm_ray.stages.storage.claim._now_s", lambda: now_s + 1000)
         assert lost.wait(5)
         assert mine in bucket.listed(run / "drivers")
 

@@ -13,7 +13,7 @@ from ray.autoscaler._private import commands
 from ray.autoscaler._private.aws import config as aws_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 
-from cedm_ray.stages.aws_nodes import NO_SPOT, SpotElseOnDemand
+from cedm_ray.stages.cluster.aws_nodes import NO_SPOT, SpotElseOnDemand
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 REGION = "eu-central-1"

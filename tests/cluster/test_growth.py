@@ -8,8 +8,8 @@ from ray.autoscaler._private.util import prepare_config
 
 from cedm_ray.errors import UserError
 from cedm_ray.settings import ResourceSettings
-from cedm_ray.stages.growth import possible_nodes
-from cedm_ray.stages.shares import shares
+from cedm_ray.stages.cluster.autoscaling import possible_nodes
+from cedm_ray.stages.cluster.shares import shares
 
 REPOSITORY = Path(__file__).parents[2]
 HEAD = {"Alive": True, "Resources": {"node:__internal_head__": 1.0, "memory": 1e9}}

@@ -18,12 +18,12 @@ from pathlib import Path
 import ray
 from ray.util.placement_group import placement_group_table
 
-import cedm_ray.stages.board
-import cedm_ray.stages.orphans
+import cedm_ray.stages.cluster.board
+import cedm_ray.stages.cluster.orphans
 from cedm_ray.config import load
 from cedm_ray.search import main
-from cedm_ray.stages.board import Board
-from cedm_ray.stages.cluster import connected
+from cedm_ray.stages.cluster.board import Board
+from cedm_ray.stages.cluster.connection import connected
 
 RUNGS_KIMG = tuple(range(1, 11))
 FLAGS = [
@@ -188,7 +188,7 @@ def disturbed(folder: Path, seed: int) -> Killer:
         def __reduce__(self) -> object:
             return _board, (self._actor,)
 
-    cedm_ray.stages.board.Board = WatchedBoard  # type: ignore[misc]
+    cedm_ray.stages.cluster.board.Board = WatchedBoard  # type: ignore[misc]
     status = main([*FLAGS, f"--storage-path={folder}"])
     assert status == 0
     return killers[0]
@@ -202,7 +202,7 @@ def _board(actor: object) -> Board:
 
 if __name__ == "__main__":
     root, seed = Path(sys.argv[1]), int(sys.argv[2])
-    cedm_ray.stages.orphans.LOOK_EVERY_S = 5.0  # else the training may be over before
+    cedm_ray.stages.cluster.orphans.LOOK_EVERY_S = 5.0  # else the training may be over before
     with connected(load([])):
         started_s = time.monotonic()
         assert main([*FLAGS, f"--storage-path={root / 'undisturbed'}"]) == 0

@@ -24,7 +24,7 @@ MEMORY = 200_000_000
 SAY_EVERY_S = 10
 SEARCH = f"""
 import sys
-from cedm_ray.stages import waiting
+from cedm_ray.stages.cluster import waiting
 waiting.SAY_EVERY_S = {SAY_EVERY_S}.0
 from cedm_ray.search import main
 sys.exit(main(sys.argv[1:]))

@@ -27,8 +27,8 @@ import ray
 from safetensors.torch import load_file
 
 from cedm_ray.stages import RAY_ENVIRONMENT
-from cedm_ray.stages.outbox import OUTBOX_FILE, read_journal
-from cedm_ray.stages.tracking import database_uri
+from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
+from cedm_ray.stages.tracking.tracker import database_uri
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(14_400)]
 

@@ -15,19 +15,19 @@ from cedm_ray.clustering.clustering_io import CLUSTERING_FILE
 from cedm_ray.config import SearchConfig
 from cedm_ray.metrics.stats import StatsFacts
 from cedm_ray.settings import FinalSettings, GranularitySettings, RuleName
-from cedm_ray.stages import ledger as ledger_module
 from cedm_ray.stages.decide import decide
-from cedm_ray.stages.delivery import Delivery
 from cedm_ray.stages.granularity import _recall, make_search
-from cedm_ray.stages.ledger import Ledger
-from cedm_ray.stages.ledger_callback import LedgerCallback
-from cedm_ray.stages.legs import Desk
-from cedm_ray.stages.outbox import OUTBOX_FILE, OutageError, Outbox, read_journal
-from cedm_ray.stages.plan import Planner
-from cedm_ray.stages.scoring import Reference, Scoring
-from cedm_ray.stages.store import Store
-from cedm_ray.stages.tracking import Tracker
-from cedm_ray.stages.trials import TrialSource
+from cedm_ray.stages.inputs.scoring import Reference, Scoring
+from cedm_ray.stages.storage.store import Store
+from cedm_ray.stages.tracking.delivery import Delivery
+from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, OutageError, Outbox, read_journal
+from cedm_ray.stages.tracking.tracker import Tracker
+from cedm_ray.stages.training import ledger as ledger_module
+from cedm_ray.stages.training.ledger import Ledger
+from cedm_ray.stages.training.ledger_callback import LedgerCallback
+from cedm_ray.stages.training.legs import Desk
+from cedm_ray.stages.training.trial_job import Planner
+from cedm_ray.stages.training.trials import TrialSource
 
 CANDIDATES = (2, 5, 12, 30, 70)
 QUALITY = {"num_used": 1, "utilization_ratio": 0.5}

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 
 from cedm_ray.errors import UserError
 from cedm_ray.report.write import write_page
-from cedm_ray.stages.checkup_storage import storage_finding
-from cedm_ray.stages.disk_faults import DiskFaultError, StorageError, fault_in_text, find_fault
-from cedm_ray.stages.storage_errors import Disk, Need, told_clearly, written_to
-from cedm_ray.stages.store import Store, prepare_storage, read_json, write_json
+from cedm_ray.stages.checkup.storage import storage_finding
+from cedm_ray.stages.storage.disk_faults import DiskFaultError, StorageError, fault_in_text, find_fault
+from cedm_ray.stages.storage.storage_errors import Disk, Need, told_clearly, written_to
+from cedm_ray.stages.storage.store import Store, prepare_storage, read_json, write_json
 
 LINE = (
     r"the storage {} is full: {} needs (about [\d.,]+ [kMG]B, [\d.,]+ [kMG]B are free|more than the [\d.,]+ [kMG]B "
@@ -154,7 +154,7 @@ def test_an_error_is_found_behind_what_it_was_wrapped_in() -> None:
         fault = find_fault(error)
         assert fault is not None and (fault.kind, fault.path) == ("full", Path("/runs/a"))
     line = "the storage /r is full; make room"
-    trace = f"Traceback\n  raise StorageError(\ncedm_ray.stages.disk_faults.StorageError: {line}\n"
+    trace = f"Traceback\n  raise StorageError(\ncedm_ray.stages.storage.disk_faults.StorageError: {line}\n"
     fault = find_fault(RayTaskError("write", trace, StorageError(line)).as_instanceof_cause())
     assert fault is not None and fault.said == line
 
@@ -162,7 +162,7 @@ def test_an_error_is_found_behind_what_it_was_wrapped_in() -> None:
 def test_an_error_is_found_in_the_traceback_of_another_process() -> None:
     told = "the storage /r is full: a checkpoint of C=17 needs about 2 GB, 1 GB are free; make room"
     text = f"Traceback:\n  File 'x'\nOSError: [Errno 28] No space left on device\nray...(StorageError): a\n" \
-           f"cedm_ray.stages.disk_faults.StorageError: {told}\n"  # fmt: skip
+           f"cedm_ray.stages.storage.disk_faults.StorageError: {told}\n"  # fmt: skip
     fault = fault_in_text(text)
     assert fault is not None and fault.said == told
     message = OSError(errno.ENOSPC, "No space left on device", "Failed to apply UDF\nafter 1/1 attempts")  # Ray Data
@@ -257,7 +257,7 @@ def test_a_storage_path_that_is_full_or_read_only_is_refused_in_one_line(small: 
 
 
 def _gather(folder: Path, out: Path) -> None:
-    from cedm_ray.stages.embed import gather
+    from cedm_ray.stages.inputs.embed import gather
 
     with pytest.raises(OSError) as raised:
         gather(folder, out, 1_000)
@@ -280,7 +280,7 @@ def test_an_array_that_is_mapped_into_memory_does_not_kill_the_process_when_the_
 def test_a_trial_that_met_a_full_disk_ends_the_run_and_is_not_written_down_as_failed(
     tmp_path: Path, event: str
 ) -> None:
-    from cedm_ray.stages.storage_watch import StorageWatch
+    from cedm_ray.stages.training.storage_watch import StorageWatch
 
     told = Mock()
     watch = StorageWatch(tmp_path, told)
@@ -299,7 +299,7 @@ def test_a_trial_that_met_a_full_disk_ends_the_run_and_is_not_written_down_as_fa
 
 
 def test_a_record_that_could_not_be_written_when_a_trial_was_over_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
-    from cedm_ray.stages.storage_watch import StorageWatch
+    from cedm_ray.stages.training.storage_watch import StorageWatch
 
     told = Mock()
     watch = StorageWatch(tmp_path, told)

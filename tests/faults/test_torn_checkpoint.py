@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cedm_ray.stages.checkpoints import MANIFEST_FILE, SNAPSHOT_FILE, STATE_FILE, TORN, checkpoints
+from cedm_ray.stages.storage.checkpoints import MANIFEST_FILE, SNAPSHOT_FILE, STATE_FILE, TORN, checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 

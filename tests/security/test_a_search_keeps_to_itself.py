@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import ray  # noqa: F401  brings psutil
 
-from cedm_ray.stages.checkup_ports import Listener
+from cedm_ray.stages.checkup.ports import Listener
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 

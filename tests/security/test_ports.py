@@ -16,14 +16,14 @@ import ray  # noqa: F401  brings psutil
 
 from cedm_ray.config import load
 from cedm_ray.errors import UserError
-from cedm_ray.stages.checkup_ports import Listener
-from cedm_ray.stages.cluster import connected
-from cedm_ray.stages.joining import knock
+from cedm_ray.stages.checkup.ports import Listener
+from cedm_ray.stages.cluster.connection import connected
+from cedm_ray.stages.cluster.joining import knock
 
 SERVE = """
 import json, sys
 from cedm_ray.config import load
-from cedm_ray.stages.cluster import connected
+from cedm_ray.stages.cluster.connection import connected
 with connected(load(["--resources.num-workers", "1"])):
     import ray
     from ray._private.worker import global_worker
@@ -37,7 +37,7 @@ import json, os, sys
 from multiprocessing import get_context
 import torch
 import torch.distributed as dist
-from cedm_ray.stages import process_group as group
+from cedm_ray.stages.training import process_group as group
 import psutil, ray
 ray.util.get_node_ip_address = lambda: sys.argv[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cedm_ray.errors import UserError, printable
-from cedm_ray.stages.store import for_this_user, prepare_storage
+from cedm_ray.stages.storage.store import for_this_user, prepare_storage
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ from cedm_ray.features.pixels import PixelBackbone, pixel_stats
 from cedm_ray.report.samples import confidence_picture, read_confidence
 from cedm_ray.settings import DiffusionSettings
 from cedm_ray.stages import confidence
-from cedm_ray.stages.checkpoints import STATE_FILE
 from cedm_ray.stages.confidence import Unconditional, make_confidence, rank_samples
-from cedm_ray.stages.exported import open_exported
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.results.exported import open_exported
+from cedm_ray.stages.storage.checkpoints import STATE_FILE
+from cedm_ray.stages.storage.store import Store
 
 CPU, SEED, NUM, SHOWN = torch.device("cpu"), 5, 41, 6
 MakeExport = Callable[..., Path]

@@ -12,7 +12,7 @@ from cedm_ray.granularity.decision import Trained, pareto_front, tie_set
 from cedm_ray.settings import FinalSettings, GranularitySettings, ScoreSettings
 from cedm_ray.stages import decide as module
 from cedm_ray.stages.decide import Decision, confirm, decide, score_at
-from cedm_ray.stages.records import State, TrialRecord
+from cedm_ray.stages.training.records import State, TrialRecord
 
 END_KIMG = 8
 CONFIG = SearchConfig(

@@ -15,9 +15,9 @@ from cedm_ray.granularity.rules import FittedChooser
 from cedm_ray.granularity.samplers import GpSampler, OptunaSampler
 from cedm_ray.granularity.search import GranularitySearch
 from cedm_ray.settings import FinalSettings, GranularitySettings, RuleName
+from cedm_ray.stages.budget.speeds import KnownSpeed
 from cedm_ray.stages.granularity import Watch, _recall, grid, make_search, optuna_distribution, trials_at_once
-from cedm_ray.stages.records import State, TrialRecord
-from cedm_ray.stages.speeds import KnownSpeed
+from cedm_ray.stages.training.records import State, TrialRecord
 
 CONFIG = SearchConfig(
     granularity=GranularitySettings(total_kimg=4, grace_kimg=1, startup_trials=2), final=FinalSettings(total_kimg=5)

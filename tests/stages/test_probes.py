@@ -9,11 +9,11 @@ from cedm_ray.clustering.paper_rule import PaperRule
 from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
-from cedm_ray.stages.bounds import LowerBound, UpperBound
-from cedm_ray.stages.groupings import clustering_job
-from cedm_ray.stages.interruptions import FAILED
+from cedm_ray.stages.inputs.groupings import clustering_job
 from cedm_ray.stages.probes import MAX_RETRIES, ProbeJobs, ProbeSearcher
-from cedm_ray.stages.store import Store
+from cedm_ray.stages.results.bounds import LowerBound, UpperBound
+from cedm_ray.stages.storage.store import Store
+from cedm_ray.stages.training.interruptions import FAILED
 
 EMBEDDINGS = {"images": "abc", "backbone": "pixels"}
 

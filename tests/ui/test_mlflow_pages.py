@@ -21,8 +21,8 @@ from urllib.request import urlopen
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cedm_ray.stages import links
-from cedm_ray.stages.tracking import database_uri
+from cedm_ray.stages.tracking import links
+from cedm_ray.stages.tracking.tracker import database_uri
 
 selenium = pytest.importorskip("selenium", reason="selenium drives the browser; pip install selenium")
 from selenium import webdriver  # noqa: E402
@@ -114,7 +114,7 @@ class Browser:
         return self.driver.execute_script(code, *given)
 
     def open(self, address: str) -> None:
-        """Open an address as :mod:`cedm_ray.stages.links` writes it, in a fresh page."""
+        """Open an address as :mod:`cedm_ray.stages.tracking.links` writes it, in a fresh page."""
         self.driver.get("about:blank")
         self.driver.get(address if address.startswith("http") else self._root + address)
 
