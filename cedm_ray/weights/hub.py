@@ -40,12 +40,13 @@ def _offline_unless_reachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
+    if not before:
+        try:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:

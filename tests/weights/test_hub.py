@@ -34,6 +34,14 @@ def test_where_the_hub_does_not_answer_its_cache_alone_is_looked_into(
     assert not constants.HF_HUB_OFFLINE
 
 
+def test_a_user_who_is_offline_on_purpose_has_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("the hub was asked"))
+    with fetching("weights", "pass a file"):
+        assert constants.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE
+
+
 def test_whatever_the_libraries_raise_becomes_one_line_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, OSError())
     logger = logging.getLogger("huggingface_hub")
