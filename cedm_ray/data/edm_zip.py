@@ -1,5 +1,6 @@
 """A ZIP of PNG files with an optional dataset.json, the layout in which EDM and StyleGAN keep their datasets."""
 
+import errno
 import hashlib
 import json
 import struct
@@ -100,10 +101,14 @@ class EdmZip(EncodedSource):
         return f"{name} in {self._path}"
 
     def _open(self, name: str) -> IO[bytes]:
+        where = self._where(name)
         try:
             return self._archive.open(self._members[name])
         except _DAMAGE as error:
-            raise BadImageError(f"{self._where(name)} is damaged ({error}); fetch or pack the archive again") from error
+            # A disk that fails makes no image bad. EINVAL is damage: a member that would begin before the file does.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise UserError(f"{where} cannot be read ({error.strerror}); try again") from error
+            raise BadImageError(f"{where} is damaged ({error}); fetch or pack the archive again") from error
 
     def _check(self, image: Image.Image, where: str) -> None:
         if image.mode != self._mode or image.size != (self._side, self._side):

@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +129,27 @@ def test_a_damaged_member_is_named_with_its_archive(method: int, tmp_path: Path)
     assert source.read(0, 1).shape == source.read(2, 3).shape
     with pytest.raises(BadImageError, match=r"img00000001\.png in .*x\.zip is"):
         source.read(0, 3)
+
+
+def test_a_disk_that_fails_makes_no_image_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = EdmZip(edm(tmp_path / "x.zip"))
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", failing)
+    said = r"img00000000\.png in .*x\.zip cannot be read \(Input/output error\); try again"
+    with pytest.raises(UserError, match=said) as caught:
+        source.read_each(0, 12)
+    assert not isinstance(caught.value, BadImageError)
+
+
+def test_of_an_archive_whose_beginning_is_lost_the_rest_is_read(tmp_path: Path) -> None:
+    path = edm(tmp_path / "x.zip")
+    path.write_bytes(path.read_bytes()[100:])
+    first, *rest = EdmZip(path).read_each(0, 12)
+    assert isinstance(first, BadImageError) and "img00000000.png" in str(first)
+    np.testing.assert_array_equal(np.stack(rest), PIXELS[1:].transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(
