@@ -86,8 +86,10 @@ def _image_files(root: Path) -> Iterator[str]:
             if name.startswith(".") or not name.lower().endswith(SUFFIXES):
                 continue
             path = Path(parent) / name
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise UserError(f"{path} leads out of the folder, to {path.resolve()}; copy that image or remove it")
+            if path.is_symlink():
+                target = Path(os.path.realpath(path))  # Path.resolve() raises an error where a link leads to itself
+                if not target.is_relative_to(root):
+                    raise UserError(f"{path} leads out of the folder, to {target}; copy that image or remove it")
             if not path.is_file():
                 raise UserError(f"{path} is not a readable file; remove it")
             yield path.relative_to(root).as_posix()
