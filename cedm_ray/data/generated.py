@@ -1,4 +1,7 @@
-"""Generated images, which are to be scored as they are: none is resized, cropped or recoloured on the way."""
+"""Generated images, which are to be scored as they are: none is resized or cropped on the way.
+
+A folder's are made grey or colour as the real images are; a ZIP must hold such ones.
+"""
 
 from pathlib import Path
 
@@ -17,7 +20,7 @@ class GeneratedFolder(FolderSource):
     Args:
         root: The folder.
         resolution: Side that every image must have, in pixels.
-        channels: 3, or 1 to read images as grey.
+        channels: 3 to read images as colour, 1 to read them as grey.
     """
 
     def __init__(self, root: Path, resolution: int, channels: int) -> None:
@@ -38,10 +41,11 @@ def open_generated(path: str, like: ImageSource) -> ImageSource:
 
     Args:
         path: Where they are.
-        like: The real images, whose resolution and channels they must have.
+        like: The real images, whose resolution they must have; in a ZIP also their channels.
 
     Raises:
-        UserError: If there are none, or one has another size.
+        UserError: If there are none, or those of a ZIP have another resolution or other channels; images of a folder
+            are looked at when they are read.
     """
     place = Path(path).expanduser()
     if place.is_dir():

@@ -27,12 +27,15 @@ def test_pixels_are_taken_as_they_are(tmp_path: Path) -> None:
     assert np.array_equal(open_generated(str(tmp_path / "made"), COLOUR).read(0, 3), written)
 
 
-def test_grey_real_images_make_generated_ones_grey(tmp_path: Path) -> None:
-    write(tmp_path / "made", mode="L")
-    made = open_generated(str(tmp_path / "made"), digits())
-    expected = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "made").iterdir())])
-    assert made.channels == 1 and np.array_equal(made.read(0, 3)[:, 0], expected)
-    assert made.fingerprint != open_generated(str(tmp_path / "made"), COLOUR).fingerprint
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_folder_is_made_grey_or_colour_as_the_real_images_are(mode: str, tmp_path: Path) -> None:
+    write(tmp_path / "made", mode=mode)
+    opened = [Image.open(path) for path in sorted((tmp_path / "made").iterdir())]
+    grey, colour = (open_generated(str(tmp_path / "made"), like) for like in (digits(), COLOUR))
+    assert (grey.channels, colour.channels) == (1, 3) and grey.fingerprint != colour.fingerprint
+    np.testing.assert_array_equal(grey.read(0, 3)[:, 0], [np.asarray(image.convert("L")) for image in opened])
+    expected = [np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in opened]
+    np.testing.assert_array_equal(colour.read(0, 3), expected)
 
 
 def test_no_image_is_resized(tmp_path: Path) -> None:
