@@ -103,7 +103,7 @@ def uint8_matrix(value: object, where: str) -> NDArray[np.uint8]:
     """The uint8 matrix behind a value of ``read_pickled_dict``.
 
     Raises:
-        UserError: If the value is no C-ordered uint8 matrix whose bytes match its shape.
+        UserError: If the value is no uint8 matrix, in C or in Fortran order, whose bytes match its shape.
     """
     problem = UserError(f"{where} does not hold its images as a uint8 matrix; fetch it again")
     if not isinstance(value, _Array) or not isinstance(value.state, tuple) or len(value.state) != 5:

@@ -121,6 +121,13 @@ def test_a_pickle_of_python_2_is_read_as_torchvision_reads_it(tmp_path: Path, mo
     np.testing.assert_array_equal(ours.labels(), theirs.targets)
 
 
+def test_a_batch_that_was_pickled_in_fortran_order_gives_the_same_images(tmp_path: Path) -> None:
+    batches = [(np.asfortranarray(pixels), labels) for pixels, labels in tiny_batches(TINY10)]
+    write_edition(TINY10, tmp_path, "python folder", batches)
+    pixels = np.concatenate([p for p, _ in tiny_batches(TINY10)]).reshape(-1, 3, 32, 32)
+    np.testing.assert_array_equal(open_cifar(TINY10, tmp_path, download=False).read(0, len(pixels)), pixels)
+
+
 @pytest.mark.parametrize("layout", [CIFAR10, CIFAR100], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("edition", ["binary folder", "binary archive", "python folder", "python archive"])
 def test_the_test_split_is_read_from_its_own_file(layout: CifarLayout, edition: str, tmp_path: Path) -> None:
