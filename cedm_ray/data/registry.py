@@ -19,6 +19,7 @@ TEST_SPLITS = ("cifar10", "cifar100")
 """Datasets that have test images too."""
 
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+_EDM = {each.name: each for each in (FFHQ64, AFHQ64)}
 _KINDS = "the path of a folder of images, of a ZIP of images or of Parquet files, or s3:// or gs:// with such a path"
 
 
@@ -84,8 +85,7 @@ def _open_named(
         return digits()
     if dataset in _CIFAR:
         return open_cifar(of_split(_CIFAR[dataset], split), data_dir, download=download)
-    layout = FFHQ64 if dataset == FFHQ64.name else AFHQ64
-    return open_edm_dataset(layout, data_dir, folder_labels=folder_labels)
+    return open_edm_dataset(_EDM[dataset], data_dir, folder_labels=folder_labels)
 
 
 def _open_path(dataset: str, path: Path, resolution: int | None, folder_labels: bool, image_column: str) -> ImageSource:
