@@ -123,7 +123,8 @@ def pack(
             _write_header(images, source, n)
             for start in range(0, n, block):
                 stop = min(start + block, n)
-                pixels = _checked(source, read(start, stop), int(sieve.kept[start:stop].sum()))
+                unchecked = read(start, stop)  # before the sieve is asked what it has kept of them
+                pixels = _checked(source, unchecked, int(sieve.kept[start:stop].sum()))
                 images.write(pixels.data)
                 digest.update(pixels.data)
                 yield stop
