@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from cedm_ray.errors import UserError
+from cedm_ray.features.backbone_weights import BACKBONE
 from cedm_ray.features.model_backbone import Dtype, compute_dtype
 from cedm_ray.features.open_clip_backbone import OPEN_CLIP, check_open_clip, open_clip_backbone
 from cedm_ray.features.pixels import PixelBackbone, PixelStats
 from cedm_ray.features.timm_backbone import check_timm, timm_backbone
-from cedm_ray.features.weights import BACKBONE
 from cedm_ray.weights.files import check_weight_file
 from cedm_ray.weights.listing import file_sha256
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cedm_ray.errors import UserError, did_you_mean
+from cedm_ray.features.backbone_weights import fetching_weights, fill_backbone, read_state
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.transform import Transform
-from cedm_ray.features.weights import fetching_weights, fill, read_state
 from cedm_ray.weights.hub import fetching
 
 OPEN_CLIP = "open_clip:"
@@ -90,7 +90,7 @@ def load_open_clip(name: str, weights: Path | None) -> Any:
     path = weights or _fetched(name)
     state = read_state(path)
     model = build_open_clip(name)
-    fill(model, _current_names(state, model), classifiers=(), source=f"backbone weights {path}")
+    fill_backbone(model, _current_names(state, model), classifiers=(), source=f"backbone weights {path}")
     return model.eval().requires_grad_(False)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from cedm_ray.errors import UserError, did_you_mean
+from cedm_ray.features.backbone_weights import fetching_weights, fill_backbone, read_state
 from cedm_ray.features.checkpoints import LOCAL_MODELS, timm_names
 from cedm_ray.features.model_backbone import Dtype, ModelBackbone
 from cedm_ray.features.pixels import PixelBackbone
 from cedm_ray.features.transform import Transform
-from cedm_ray.features.weights import fetching_weights, fill, read_state
 
 
 def check_timm(name: str, weights: Path | None) -> None:
@@ -62,7 +62,7 @@ def timm_backbone(name: str, weights: Path | None, *, device: torch.device | str
         state = read_state(weights)
         model = timm.create_model(local.architecture if local else name, pretrained=False, num_classes=0)
         given = timm_names(state, model.state_dict())
-        fill(model, given, classifiers=_classifiers(model), source=f"backbone weights {weights}")
+        fill_backbone(model, given, classifiers=_classifiers(model), source=f"backbone weights {weights}")
     transform = local.transform if local else _transform(model)
     return ModelBackbone(name, model, _dim(model), transform, device=device, dtype=dtype)
 

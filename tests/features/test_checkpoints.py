@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cedm_ray.errors import UserError
+from cedm_ray.features.backbone_weights import fill_backbone, read_state
 from cedm_ray.features.backbones import check_backbone, load_backbone
 from cedm_ray.features.checkpoints import LOCAL_MODELS, timm_names
 from cedm_ray.features.timm_backbone import _dim, _transform
-from cedm_ray.features.weights import fill, read_state
 
 NAME = "vit_tiny_patch16_224"
 State = dict[str, Any]
@@ -127,10 +127,10 @@ def test_dinov2s_own_names_become_timms_as_timm_does_it(name: str) -> None:
     wanted = checkpoint_filter_fn(dict(state), model)
     assert named.keys() == wanted.keys() == model.state_dict().keys()
     assert all(torch.equal(named[key], wanted[key]) for key in wanted)
-    fill(model, named, classifiers=("head",), source="w.pth")
+    fill_backbone(model, named, classifiers=("head",), source="w.pth")
     with pytest.raises(UserError, match="another shape for pos_embed"):
         small = state | {"pos_embed": state["pos_embed"][:, :50]}
-        fill(model, timm_names(small, model.state_dict()), classifiers=("head",), source="w.pth")
+        fill_backbone(model, timm_names(small, model.state_dict()), classifiers=("head",), source="w.pth")
 
 
 def test_a_trainings_arguments_beside_the_tensors_are_refused_with_the_way_out(

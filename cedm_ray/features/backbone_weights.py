@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from cedm_ray.errors import UserError
-from cedm_ray.weights import files
-from cedm_ray.weights.files import WeightKind, read_weight_file
+from cedm_ray.weights.files import WeightKind, fill, read_weight_file
 from cedm_ray.weights.hub import fetching
 
 BACKBONE = WeightKind("backbone", "--backbone-weights")
@@ -46,7 +45,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in tensors.items()}
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], *, classifiers: tuple[str, ...], source: str) -> None:
+def fill_backbone(model: nn.Module, state: Mapping[str, Tensor], *, classifiers: tuple[str, ...], source: str) -> None:
     """Load weights into a model without a classifier.
 
     Args:
@@ -64,4 +63,4 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, classifiers: tuple[st
         for name, value in state.items()
         if name in needed or not any(name.startswith(f"{classifier}.") for classifier in classifiers)
     }
-    files.fill(model, given, source=source, wanted="this very model")
+    fill(model, given, source=source, wanted="this very model")
