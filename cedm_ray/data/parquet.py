@@ -25,6 +25,7 @@ from cedm_ray.data.images import (
     decode_bytes,
 )
 from cedm_ray.data.parquet_column import LABEL_COLUMN, PixelsOrBytes, check_column, class_names_in, image_values
+from cedm_ray.data.parquet_names import files_in, is_parquet
 from cedm_ray.data.parquet_rows import ParquetTable, RowReader
 from cedm_ray.data.sources import check_range
 from cedm_ray.errors import UserError
@@ -147,12 +148,7 @@ def open_local_parquet(
         UserError: As ``ParquetSource`` does.
     """
     local = fs.LocalFileSystem()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [path / name for name in files_in(path) if is_parquet(name)] if path.is_dir() else [path]
     name = path.resolve().name if path.is_dir() else path.stem  # a link to a file may lead to a name of digits
-    infos = local.get_file_info([str(file) for file in files if is_parquet(file.name)])
+    infos = local.get_file_info([str(file) for file in files])
     return ParquetSource(infos, local, resolution, image_column=image_column, label_column=label_column, name=name)
-
-
-def is_parquet(name: str) -> bool:
-    """Whether a file of this name counts as Parquet."""
-    return name.lower().endswith(".parquet") and not name.startswith(".")

@@ -8,7 +8,7 @@ from cedm_ray.data.digits import digits
 from cedm_ray.data.edm_datasets import AFHQ64, FFHQ64, open_edm_dataset
 from cedm_ray.data.edm_zip import EdmZip
 from cedm_ray.data.folder import FolderSource
-from cedm_ray.data.images import SUFFIXES
+from cedm_ray.data.parquet_names import files_in, is_parquet, is_parquet_folder
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError, did_you_mean
 
@@ -89,11 +89,11 @@ def _open_named(
 
 
 def _open_path(dataset: str, path: Path, resolution: int | None, folder_labels: bool, image_column: str) -> ImageSource:
-    if dataset and path.is_dir() and not _is_parquet_folder(path):
+    if dataset and path.is_dir() and not is_parquet_folder(files_in(path)):
         return FolderSource(path, resolution, folder_labels=folder_labels)
     if path.is_file() and path.suffix.lower() == ".zip":
         return EdmZip(path, resolution, need_labels=folder_labels)
-    if dataset and (path.is_dir() or (path.is_file() and path.suffix.lower() == ".parquet")):
+    if dataset and (path.is_dir() or (path.is_file() and is_parquet(path.name))):
         from cedm_ray.data.parquet import open_local_parquet  # Arrow takes a while to import
 
         return open_local_parquet(path, resolution, image_column=image_column, label_column=folder_labels)
@@ -101,14 +101,6 @@ def _open_path(dataset: str, path: Path, resolution: int | None, folder_labels: 
         raise UserError(f"dataset {dataset!r} is a file of no known kind; give {_KINDS}")
     hint = did_you_mean(dataset.lower().replace("-", ""), KNOWN_DATASETS)
     raise UserError(f"dataset {dataset!r} is unknown; it must be one of {', '.join(KNOWN_DATASETS)}, or {_KINDS}{hint}")
-
-
-def _is_parquet_folder(path: Path) -> bool:
-    try:
-        names = [entry.name.lower() for entry in path.iterdir() if not entry.name.startswith(".")]
-    except OSError:
-        return False  # to be reported as a folder that cannot be listed
-    return any(name.endswith(".parquet") for name in names) and not any(name.endswith(SUFFIXES) for name in names)
 
 
 def _open_uri(uri: str, resolution: int | None, folder_labels: bool, image_column: str) -> ImageSource:

@@ -12,7 +12,8 @@ from cedm_ray.data.classes import classes_of_folders
 from cedm_ray.data.encoded import EncodedSource
 from cedm_ray.data.filesystems import open_filesystem, unreachable
 from cedm_ray.data.images import MAX_FILE_BYTES, SUFFIXES, WAY_OUT, BadImageError, checked_resolution
-from cedm_ray.data.parquet import ParquetSource, is_parquet
+from cedm_ray.data.parquet import ParquetSource
+from cedm_ray.data.parquet_names import is_parquet, is_parquet_folder
 from cedm_ray.errors import UserError
 
 _VERSION = "1"  # to be raised when the same objects become other pixels
@@ -111,7 +112,7 @@ def open_remote(
     if info.type != fs.FileType.File:
         files = list_files(filesystem, info.path, prefix)
     direct = [name for name in files if "/" not in name]
-    if any(map(is_parquet, direct)) and not any(name.lower().endswith(SUFFIXES) for name in direct):
+    if is_parquet_folder(direct):
         return ParquetSource(
             [files[name] for name in sorted(filter(is_parquet, direct))],
             filesystem,

@@ -157,8 +157,15 @@ def test_every_kind_of_path_opens(tmp_path: Path) -> None:
         frame.to_parquet(tmp_path / "tables" / f"{i}.parquet")
     assert shape(tmp_path / "tables" / "0.parquet", image_column="picture", folder_labels=True) == (3, 16, 5)
     assert shape(tmp_path / "tables", image_column="picture") == (6, 16, None)
+    for name in ("old.parquet", "photo.png"):  # folders; files alone say what a folder is
+        (tmp_path / "tables" / name).mkdir()
+    (tmp_path / "tables" / ".hidden.png").write_bytes(b"")
+    assert shape(tmp_path / "tables", image_column="picture") == (6, 16, None)
     Image.new("RGB", (16, 16)).save(tmp_path / "tables" / "an_image.png")
     assert shape(tmp_path / "tables") == (1, 16, None)  # a folder of images, with tables in it
+    (tmp_path / ".hidden.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.hidden\.parquet' is a file of no known kind"):
+        shape(tmp_path / ".hidden.parquet")
 
 
 def test_an_archive_is_checked_when_it_is_opened_unless_bad_images_are_skipped(tmp_path: Path) -> None:
