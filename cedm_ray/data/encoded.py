@@ -1,4 +1,4 @@
-"""Images that lie encoded one by one, as files, objects or members of an archive, and are decoded when read."""
+"""Images that are decoded when they are read; most lie one by one, as files, objects or members of an archive."""
 
 import io
 import os
@@ -23,11 +23,52 @@ def default_threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-class EncodedSource(ABC):
+class DecodingSource(ABC):
+    """What sources share whose images are decoded when ``read`` asks for them; a source says how a block is decoded.
+
+    Args:
+        name: Name of the dataset.
+        fingerprint: Key of the images and their labels.
+        resolution: Side of the images in pixels.
+        channels: 3, or 1 for grey images.
+        classes: Labels, if there are any.
+    """
+
+    def __init__(
+        self, name: str, fingerprint: str, resolution: int, *, channels: int = 3, classes: ClassLabels | None = None
+    ) -> None:
+        self.name, self.fingerprint = name, fingerprint
+        self.resolution, self.channels = resolution, channels
+        self._classes = classes
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self._classes is None else self._classes.num_classes
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def labels(self) -> NDArray[np.int64] | None:
+        return None if self._classes is None else self._classes.labels.copy()
+
+    def superclasses(self) -> tuple[NDArray[np.int64], int] | None:
+        return None
+
+    def class_names(self) -> tuple[str, ...] | None:
+        return None if self._classes is None else self._classes.names
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return all_sound(self.read_each(start, stop), (self.channels, self.resolution, self.resolution))
+
+    @abstractmethod
+    def read_each(self, start: int, stop: int) -> list[Outcome]:
+        """Images ``start`` to ``stop - 1``, or what is wrong with them."""
+
+
+class EncodedSource(DecodingSource):
     """What sources of encoded images share; a source says what image number i is called and how it is opened.
 
-    Only the list of names (and, where there are labels, of labels) grows with the number of images: images are read
-    and decoded when ``read`` asks for them.
+    Only the list of names (and, where there are labels, of labels) grows with the number of images.
 
     Args:
         name: Name of the dataset.
@@ -50,14 +91,8 @@ class EncodedSource(ABC):
         classes: ClassLabels | None = None,
         num_threads: int | None = None,
     ) -> None:
-        self.name, self.fingerprint = name, fingerprint
-        self.resolution, self.channels = resolution, channels
-        self._names, self._classes = names, classes
-        self._num_threads = num_threads or default_threads()
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self._classes is None else self._classes.num_classes
+        super().__init__(name, fingerprint, resolution, channels=channels, classes=classes)
+        self._names, self._num_threads = names, num_threads or default_threads()
 
     @abstractmethod
     def _where(self, name: str) -> str:
@@ -67,20 +102,11 @@ class EncodedSource(ABC):
     def _open(self, name: str) -> IO[bytes]:
         """The encoded image, open for reading and seeking."""
 
-    def _check(self, image: Image.Image, where: str) -> None:  # noqa: B027, to be overridden where there is a reason
+    def _check(self, image: Image.Image, where: str) -> None:
         """Refuse an opened image for reasons that the source has beyond size and format; none by default."""
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def labels(self) -> NDArray[np.int64] | None:
-        return None if self._classes is None else self._classes.labels.copy()
-
-    def superclasses(self) -> tuple[NDArray[np.int64], int] | None:
-        return None
-
-    def class_names(self) -> tuple[str, ...] | None:
-        return None if self._classes is None else self._classes.names
 
     def check(self) -> None:
         """Read the header of every image, so that a wrong one is found before hours are spent.
@@ -93,11 +119,7 @@ class EncodedSource(ABC):
                 for _ in pool.map(self._check_header, self._names[start : start + _CHECK_BLOCK]):
                     pass
 
-    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        return all_sound(self.read_each(start, stop), (self.channels, self.resolution, self.resolution))
-
     def read_each(self, start: int, stop: int) -> list[Outcome]:
-        """Images ``start`` to ``stop - 1``, or what is wrong with them."""
         check_range(start, stop, len(self))
         with ThreadPoolExecutor(self._num_threads) as pool:
             return list(pool.map(self._outcome, self._names[start:stop]))

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import fs
 
-from cedm_ray.data.classes import ClassLabels, numbered_classes
-from cedm_ray.data.encoded import default_threads
+from cedm_ray.data.classes import numbered_classes
+from cedm_ray.data.encoded import DecodingSource, default_threads
 from cedm_ray.data.images import (
     MAX_FILE_BYTES,
     WAY_OUT,
     BadImageError,
     Outcome,
-    all_sound,
     check_size,
     checked_resolution,
     decode,
@@ -33,7 +32,7 @@ from cedm_ray.errors import UserError
 _VERSION = "1"  # to be raised when the same files become other pixels
 
 
-class ParquetSource:
+class ParquetSource(DecodingSource):
     """The images in a column of one or more Parquet files, in the order of the files and of their rows.
 
     A value is an encoded image (PNG, JPEG, WebP), a struct whose field ``bytes`` is one (as Hugging Face writes them),
@@ -59,8 +58,6 @@ class ParquetSource:
             is missing or out of bounds.
     """
 
-    channels = 3
-
     def __init__(
         self,
         files: Sequence[fs.FileInfo],
@@ -72,8 +69,7 @@ class ParquetSource:
         name: str = "parquet",
         prefix: str = "",
     ) -> None:
-        self.resolution = checked_resolution(resolution, "a Parquet dataset")
-        self.name = name
+        resolution = checked_resolution(resolution, "a Parquet dataset")
         table = ParquetTable(filesystem, tuple(file.path for file in files), prefix)
         groups, names = [], None
         for i, (schema, counts) in enumerate(table.schemas_and_groups()):
@@ -83,35 +79,16 @@ class ParquetSource:
         self._rows, self._lock = RowReader(table, groups, image_column), threading.Lock()
         if not len(self._rows):
             raise UserError(f"{table.shown(0)} holds no rows; give files with images")
-        self._classes: ClassLabels | None = None
-        if label_column:
-            self._classes = numbered_classes(table.integers(LABEL_COLUMN), table.shown(0), names)
-        digest = hashlib.sha256(f"parquet {_VERSION} {self.resolution} {label_column} {image_column}\n".encode())
+        classes = numbered_classes(table.integers(LABEL_COLUMN), table.shown(0), names) if label_column else None
+        digest = hashlib.sha256(f"parquet {_VERSION} {resolution} {label_column} {image_column}\n".encode())
         for file in files:  # as for a folder, sizes and times stand for the contents
             digest.update(f"{file.base_name}\0{file.size} {file.mtime_ns}\n".encode(errors="surrogateescape"))
-        self.fingerprint = digest.hexdigest()
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self._classes is None else self._classes.num_classes
+        super().__init__(name, digest.hexdigest(), resolution, classes=classes)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def labels(self) -> NDArray[np.int64] | None:
-        return None if self._classes is None else self._classes.labels.copy()
-
-    def superclasses(self) -> tuple[NDArray[np.int64], int] | None:
-        return None
-
-    def class_names(self) -> tuple[str, ...] | None:
-        return None if self._classes is None else self._classes.names
-
-    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        return all_sound(self.read_each(start, stop), (self.channels, self.resolution, self.resolution))
-
     def read_each(self, start: int, stop: int) -> list[Outcome]:
-        """Images ``start`` to ``stop - 1``, or what is wrong with them."""
         check_range(start, stop, len(self))
         outcomes: list[Outcome] = []
         with self._lock, ThreadPoolExecutor(default_threads()) as pool:
