@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,98 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from cedm_ray.data.digits import digits
 from cedm_ray.data.images import BadImageError
 from cedm_ray.data.pack import load_packed, pack
 from cedm_ray.data.registry import open_source
 from cedm_ray.data.sources import ArraySource
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError
+
+
+def test_a_packed_source_is_the_source(tmp_path: Path) -> None:
+    source = digits()
+    assert list(pack(source, tmp_path, block=1000)) == [1000, 1797]
+    packed = load_packed(tmp_path)
+    np.testing.assert_array_equal(packed.images, source.read(0, 1797))
+    np.testing.assert_array_equal(packed.labels(), source.labels())
+    np.testing.assert_array_equal(packed.read(5, 9), source.read(5, 9))
+    assert isinstance(packed.images, np.memmap)
+    assert not packed.images.flags.writeable
+    assert (packed.name, packed.fingerprint, len(packed)) == (source.name, source.fingerprint, 1797)
+    assert packed.class_names() == source.class_names() == tuple("0123456789")
+    assert (packed.superclasses(), packed.facts.skipped) == (None, 0)
+    assert packed.facts.pixels_sha256 == hashlib.sha256(source.read(0, 1797).tobytes()).hexdigest()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json", "images.npy", "labels.npy"]
+
+
+def test_packing_again_without_labels_leaves_none(tmp_path: Path) -> None:
+    list(pack(digits(), tmp_path))
+    list(pack(ArraySource("plain", "1", np.zeros((3, 3, 8, 8), dtype=np.uint8), None, None), tmp_path))
+    assert load_packed(tmp_path).labels() is None
+    assert not (tmp_path / "labels.npy").exists()
+
+
+def test_packing_that_is_cut_off_leaves_no_whole_folder_and_no_rubbish(tmp_path: Path) -> None:
+    list(pack(digits(), tmp_path))
+    running = pack(digits(), tmp_path, block=100)
+    next(running)
+    running.close()
+    with pytest.raises(UserError, match="does not hold whole packed images"):
+        load_packed(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images.npy", "labels.npy"]
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "facts.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_torn_pack_is_refused(name: str, damage: str, tmp_path: Path) -> None:
+    list(pack(digits(), tmp_path))
+    path = tmp_path / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut" else 0])
+    with pytest.raises(UserError, match="delete it and pack again"):
+        load_packed(tmp_path)
+
+
+def test_images_that_do_not_fit_the_facts_are_refused(tmp_path: Path) -> None:
+    list(pack(digits(), tmp_path))
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    (tmp_path / "facts.json").write_text(json.dumps(facts | {"n": 1796}))
+    with pytest.raises(UserError, match="is due"):
+        load_packed(tmp_path)
+    np.save(tmp_path / "images.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(UserError, match="does not hold whole"):
+        load_packed(tmp_path)
+
+
+class Endless:
+    """24 MiB of images that are made as they are read."""
+
+    name, fingerprint, resolution, channels, num_classes = "endless", "0", 64, 3, None
+
+    def __len__(self) -> int:
+        return 2048
+
+    def labels(self) -> None:
+        return None
+
+    superclasses = class_names = labels
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.full((stop - start, 3, 64, 64), start % 256, dtype=np.uint8)
+
+
+def test_packing_needs_the_memory_of_some_blocks_only(tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        for _ in pack(Endless(), tmp_path, block=64):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * 2**20
 
 
 def two_levels() -> ArraySource:
