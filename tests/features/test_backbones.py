@@ -17,7 +17,6 @@ from cedm_ray.features import backbones
 from cedm_ray.features.backbones import check_backbone, load_backbone
 from cedm_ray.features.model_backbone import compute_dtype
 from cedm_ray.features.pixels import PixelStats, pixel_stats
-from cedm_ray.weights.listing import file_sha256
 
 NAME = "test_efficientnet"  # timm's own tiny model for tests, 160 pixels
 
@@ -183,9 +182,3 @@ def test_pixels_of_another_shape_or_without_statistics_are_refused() -> None:
         load_backbone("pixels", None, device="cpu")
     with pytest.raises(ValueError, match="std"):
         PixelStats(np.zeros((1, 2, 2), np.float32), np.zeros((1, 1, 1), np.float32))
-
-
-def test_file_hashes_are_the_standard_ones(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_bytes(b"abc")
-    # FIPS 180-4's example
-    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

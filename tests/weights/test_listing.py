@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cedm_ray.weights.listing import Listing, seal_fits, sealed
+from cedm_ray.weights.listing import Listing, file_sha256, seal_fits, sealed
 
 
 @pytest.fixture
@@ -83,3 +83,9 @@ def test_a_seal_fits_the_values_that_it_was_made_of_and_no_others() -> None:
     assert not seal_fits({**stored, "kimg": 6})
     assert not seal_fits({**stored, "new": None})
     assert seal_fits({"kimg": 5})  # of an earlier version, which had no seals
+
+
+def test_file_hashes_are_the_standard_ones(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-4's example
+    assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
