@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.consistency import check_consistency
 from cedm_ray.data.registry import KNOWN_DATASETS
-from cedm_ray.data.storage import COPIES, storage_folder
+from cedm_ray.data.storage import DEFAULT_COPIES_FOLDER, storage_folder
 from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.domains import Domain
 from cedm_ray.errors import UserError, did_you_mean, one_line
@@ -80,7 +80,7 @@ class SearchConfig(BaseModel):
     """Print the plan and what it will take, and start nothing."""
     storage_path: Path = Path("runs")
     """Folder for everything that is made; on a cluster, one that all nodes share, or s3://bucket/prefix."""
-    storage_copies: Path = COPIES
+    storage_copies: Path = DEFAULT_COPIES_FOLDER
     """Folder on each node for copies of what lies in a bucket."""
     tracking_uri: str | None = None
     """MLflow tracking server (when not given: a database in the storage folder)."""

@@ -119,12 +119,12 @@ def _facts(result: SearchResult) -> ResultFacts:
 def _list_runs(flags: Sequence[str], mode: Mode | None) -> int:
     """Print the runs in the storage folder, or in this machine's copy of a bucket; of the other flags only
     ``--storage-path`` counts."""
-    from cedm_ray.data.storage import COPIES, storage_folder
+    from cedm_ray.data.storage import DEFAULT_COPIES_FOLDER, storage_folder
     from cedm_ray.stages.show.run_list import list_runs, runs_table
 
     given = [flag.removeprefix("--storage-path=") for flag in flags if flag.startswith("--storage-path=")]
     given += [value for flag, value in pairwise(flags) if flag == "--storage-path"]
-    storage = storage_folder(Path(given[-1] if given else "runs"), COPIES).expanduser()
+    storage = storage_folder(Path(given[-1] if given else "runs"), DEFAULT_COPIES_FOLDER).expanduser()
     rows = list_runs(storage)
     if mode == "json":
         print(json_line(f"{len(rows)} runs in {storage}", RunsFacts(tuple(asdict(row) for row in rows))), end="")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cedm_ray.errors import UserError
 
-COPIES = Path("~/.cache/cedm_ray")
+DEFAULT_COPIES_FOLDER = Path("~/.cache/cedm_ray")
 """Folder for the copies of buckets, where no other is given."""
 BUCKET_PART = "s3:"
 """Part of a path below which the copy of a bucket lies: ``<copies>/s3:/bucket/prefix`` is that of s3://bucket/prefix."""
