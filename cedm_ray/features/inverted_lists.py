@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cedm_ray.features.unit_rows import BLOCK, UnitRows, others
+from cedm_ray.features.unit_rows import BLOCK, UnitRows, mask_of_others
 
 MIN_RECALL = 0.95
 _QUERIES = 500  # on which the recall is measured: its standard error is below 0.01
@@ -120,5 +120,5 @@ def _search(index: Any, units: NDArray[np.float32], own: NDArray[np.int64], k: i
 
 
 def _without(indices: NDArray[np.int64], cosines: NDArray[np.float32], own: NDArray[np.int64]) -> _Found:
-    kept = others(indices, own)
+    kept = mask_of_others(indices, own)
     return _Found(indices[kept].reshape(len(own), -1), cosines[kept].reshape(len(own), -1))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cedm_ray.features.inverted_lists import MIN_RECALL, search_lists
-from cedm_ray.features.unit_rows import BLOCK, UnitRows, others
+from cedm_ray.features.unit_rows import BLOCK, UnitRows, mask_of_others
 
 # Images up to which the search is exact. Its time grows with the square of their number: extrapolated from 50,000,
 # 200,000 images of 768 dimensions take some five to ten minutes on two CPU cores. A million on a GPU is reckoned from
@@ -109,7 +109,7 @@ def _exact(rows: UnitRows, k: int, gpu: bool) -> NDArray[np.int32]:
     for start in range(0, len(units), BLOCK):
         candidates = search(units[start : start + BLOCK], k + 1)
         own = np.arange(start, start + len(candidates))
-        found[own] = candidates[others(candidates, own)].reshape(-1, k)
+        found[own] = candidates[mask_of_others(candidates, own)].reshape(-1, k)
     return found
 
 

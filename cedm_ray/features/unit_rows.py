@@ -51,7 +51,7 @@ def _units(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(scaled / np.where(norms > 0, norms, 1), dtype=np.float32)
 
 
-def others(candidates: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.bool_]:
+def mask_of_others(candidates: NDArray[np.int64], own: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which of the k + 1 candidates of each row are others: k of them.
 
     The row itself is left out, or the last candidate where duplicates of the row have pushed it out.
