@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "seal"
-Sizes = Mapping[str, int]
-Hashes = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Listing:
     """What a folder is to hold, by paths relative to it."""
 
-    sizes: Sizes
+    sizes: Mapping[str, int]
     """Bytes of each file."""
-    sha256: Hashes
+    sha256: Mapping[str, str]
     """64 hexadecimal digits of each file; none where they were not kept."""
 
     @classmethod
@@ -46,7 +44,7 @@ class Listing:
         return cls(sizes, sha256)
 
     def replaced(self, name: str, file: Path) -> Listing:
-        """With another file, which lies beside it, in the place of one."""
+        """The listing after ``file`` has taken the place of ``name``; both lie directly in the listed folder."""
         sizes = {**self.sizes, file.name: file.stat().st_size}
         sha256 = {**self.sha256, file.name: file_sha256(file)}
         return Listing(
