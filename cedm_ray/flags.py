@@ -17,13 +17,12 @@ Settings = TypeVar("Settings")
 
 
 def flag_value(argv: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE``, the last one given."""
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last one given; ``_`` stands for ``-``, as for tyro."""
     value = None
     for here, after in itertools.zip_longest(argv, argv[1:]):
-        if here == name:
-            value = after
-        elif here.startswith(f"{name}="):
-            value = here.removeprefix(f"{name}=")
+        flag, equals, inside = here.partition("=")
+        if flag.replace("_", "-") == name:
+            value = inside if equals else after
     return value
 
 

@@ -5,6 +5,7 @@ import yaml
 
 from cedm_ray.config import fingerprint_tree, load, space_file
 from cedm_ray.errors import UserError
+from cedm_ray.flags import flag_value
 
 SPACES = sorted((Path(__file__).parents[1] / "search_spaces").glob("*.yaml"))
 
@@ -48,6 +49,20 @@ def test_a_flag_goes_before_the_file_and_the_file_before_the_default(tmp_path: P
     path.write_text("temi: {gamma: 0.7, num_heads: 3}\n")
     config = load(["--search-space", str(path), "--temi.num-heads", "5"])
     assert (config.temi.gamma, config.temi.num_heads, config.temi.hidden_dim) == (0.7, 5, 512)
+
+
+@pytest.mark.parametrize("flag", ["--search-space", "--search_space"])
+def test_a_flag_may_be_written_with_underscores(tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("temi: {gamma: 0.7}\n")
+    assert load([flag, str(path)]).temi.gamma == load([f"{flag}={path}"]).temi.gamma == 0.7
+    assert load([flag, str(path), "--temi.num_heads", "5"]).temi.num_heads == 5
+
+
+def test_of_a_flag_that_is_given_twice_the_last_one_counts() -> None:
+    assert flag_value(["--a-b", "1", "--a_b=2", "--c", "3"], "--a-b") == "2"
+    assert flag_value(["--a-b=1", "--a-b", "2=2"], "--a-b") == "2=2"
+    assert flag_value(["--a-bc", "1", "--a-b"], "--a-b") is None
 
 
 def test_a_folder_starts_from_the_folder_s_file() -> None:
