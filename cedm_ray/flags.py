@@ -8,8 +8,6 @@ import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
-import tyro
-
 from cedm_ray.errors import UserError
 
 ALL_FLAGS = "--help lists every flag"
@@ -42,6 +40,8 @@ def parse_flags(
         UserError: If a flag is unknown or a value does not fit; the message is one line.
         SystemExit: With status 0 after ``--help``.
     """
+    import tyro  # not at the top: it takes a while to import, which who reads a single flag need not wait for
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

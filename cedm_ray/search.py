@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = next((VIEWS[flag] for flag in flags if flag in VIEWS), None)
     settings = ["--help" if flag == "--help-all" else flag for flag in flags if flag not in VIEWS]
     if "--list-runs" in settings:
-        return _list_runs(settings, mode)
+        try:
+            return _list_runs(settings, mode)
+        except UserError as error:
+            with _console(mode) as console:
+                return _failed(Terminal(console, mode), str(error), 2)
     from cedm_ray.stages.tracking.outbox import shown
 
     resume = shown(shlex.join(["python", "-m", "cedm_ray.search", *flags]))
@@ -118,13 +121,13 @@ def _facts(result: SearchResult) -> ResultFacts:
 
 def _list_runs(flags: Sequence[str], mode: Mode | None) -> int:
     """Print the runs in the storage folder, or in this machine's copy of a bucket; of the other flags only
-    ``--storage-path`` counts."""
+    ``--storage-path`` and ``--storage-copies`` count."""
     from cedm_ray.data.storage import DEFAULT_COPIES_FOLDER, storage_folder
+    from cedm_ray.flags import flag_value
     from cedm_ray.stages.show.run_list import list_runs, runs_table
 
-    given = [flag.removeprefix("--storage-path=") for flag in flags if flag.startswith("--storage-path=")]
-    given += [value for flag, value in pairwise(flags) if flag == "--storage-path"]
-    storage = storage_folder(Path(given[-1] if given else "runs"), DEFAULT_COPIES_FOLDER).expanduser()
+    place, copies = flag_value(flags, "--storage-path"), flag_value(flags, "--storage-copies")
+    storage = storage_folder(Path(place or "runs"), Path(copies or DEFAULT_COPIES_FOLDER)).expanduser()
     rows = list_runs(storage)
     if mode == "json":
         print(json_line(f"{len(rows)} runs in {storage}", RunsFacts(tuple(asdict(row) for row in rows))), end="")

@@ -179,6 +179,33 @@ def test_the_list_of_runs_is_there_at_once(storage: Path) -> None:
     print(f"--list-runs took {spent_s:.2f} s")
 
 
+def test_the_list_of_runs_is_that_of_the_folder_named_last_or_of_a_bucket_s_copy(
+    storage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--list-runs", "--storage-path", "gone", f"--storage_path={storage}"]) == 0
+    assert "broken-off" in capsys.readouterr().out
+    copies = tmp_path / "copies"
+    (copies / "s3:").mkdir(parents=True)
+    (copies / "s3:" / "bucket").symlink_to(storage)
+    assert main(["--list-runs", "--storage-path", "s3://bucket", "--storage-copies", str(copies)]) == 0
+    assert "broken-off" in capsys.readouterr().out
+
+
+def test_a_storage_path_that_is_none_is_one_line_and_status_2_in_the_list_of_runs_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    due = "has the scheme 'gs'; it must be a folder, file:///... or s3://..."
+    assert main(["--list-runs", "--storage-path", "gs://bucket/runs"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: storage path ") and due in error and error.count("\n") == 1
+
+
+def test_what_is_wrong_with_a_list_of_runs_is_an_object_for_programs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-runs", "--json", "--storage-path", "gs://bucket/runs"]) == 2
+    told = json.loads(capfd.readouterr().out)
+    assert (told["event"], told["status"]) == ("error", 2) and "has the scheme 'gs'" in told["text"]
+
+
 def test_files_are_called_as_their_owners_call_them() -> None:
     assert (run_list.RESULT_FILE, run_list.SO_FAR_FILE) == (read_run.RESULT_FILE, read_run.SO_FAR_FILE)
     assert run_list.LOCK_FILE == lock.LOCK_FILE
