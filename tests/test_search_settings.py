@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -130,6 +131,7 @@ def storage(tmp_path: Path) -> Path:
     trials = [
         trial("none", 1, 1.0, 1.0),
         trial("temi", 4, 9.0),
+        trial("temi", 3, 9.5, math.nan),  # diverged: not the best of those at 10 kimg
         trial("temi", 17, 11.0, 8.5),
         trial("temi", 9, 8, 8.75),
     ]
@@ -152,8 +154,8 @@ def test_the_list_of_runs_tells_state_best_and_score(storage: Path) -> None:
     found = {row.name: row for row in list_runs(storage)}
     told = {name: (row.state, row.best, row.score, row.trials) for name, row in found.items()}
     assert told == {
-        "done": ("complete", 9, 7.25, 4),
-        "broken-off": ("interrupted", 17, 8.5, 4),  # of those at 10 kimg
+        "done": ("complete", 9, 7.25, 5),
+        "broken-off": ("interrupted", 17, 8.5, 5),  # of those at 10 kimg
         "at-work": ("running", None, None, 1),
         "elsewhere": ("on node-7", None, None, 0),
         "torn": ("unreadable", None, None, 0),

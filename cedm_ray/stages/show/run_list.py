@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -80,8 +81,9 @@ def _final(tree: Mapping[str, Any]) -> tuple[int | None, float | None]:
 
 
 def _so_far(tree: Mapping[str, Any]) -> tuple[int | None, float | None]:
-    """The lowest score among the trials that have got furthest."""
+    """The lowest score among the trials that have got furthest; one that has diverged is not among them."""
     own = [trial for trial in tree["trials"] if trial["grouping"] == tree["grouping"] and trial["rungs"]]
+    own = [trial for trial in own if math.isfinite(trial["rungs"][-1]["score"])]
     if not own:
         return None, None
     furthest = max(trial["rungs"][-1]["kimg"] for trial in own)
