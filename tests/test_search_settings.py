@@ -210,4 +210,5 @@ def test_what_is_wrong_with_a_list_of_runs_is_an_object_for_programs(capfd: pyte
 
 def test_files_are_called_as_their_owners_call_them() -> None:
     assert (run_list.RESULT_FILE, run_list.SO_FAR_FILE) == (read_run.RESULT_FILE, read_run.SO_FAR_FILE)
+    assert run_list.CONFIG_FILE == read_run.CONFIG_FILE
     assert run_list.LOCK_FILE == lock.LOCK_FILE

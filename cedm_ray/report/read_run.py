@@ -11,6 +11,7 @@ from cedm_ray.report.run import Run, damaged
 
 RESULT_FILE = "result.json"
 SO_FAR_FILE = "so_far.json"
+CONFIG_FILE = "config.json"
 EXPORTED = Path("export") / "model.json"
 
 
@@ -27,7 +28,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no folder; give the folder of a run, such as runs/digits-1a2b3c4d")
     file = next((folder / name for name in (RESULT_FILE, SO_FAR_FILE) if (folder / name).is_file()), None)
     if file is None:
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
             raise UserError(f"{folder} is not finished: it has no {RESULT_FILE} yet; run the same search to its end")
         raise UserError(f"{folder} holds no {RESULT_FILE}; give the folder of a run, such as runs/digits-1a2b3c4d")
     tree = _read(file)

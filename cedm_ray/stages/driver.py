@@ -14,6 +14,7 @@ from cedm_ray.data.pack import load_packed
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
+from cedm_ray.report.read_run import CONFIG_FILE
 from cedm_ray.stages.budget.plan import plan_of
 from cedm_ray.stages.checkup.disk import Pile, still_needed
 from cedm_ray.stages.checkup.quick import quick_findings, refuse_failures
@@ -81,7 +82,7 @@ def run(config: SearchConfig, terminal: Terminal | None = None, signals: Signals
     quiet = noise_to(folder / "search.log", terminal.console)
     driving = mirror.driving(terminal.line)
     with told_clearly(storage, need), owned(folder), driving, quiet, terminal.shown(), warned(terminal), handled:
-        write_json(folder / "config.json", settings_of(config))
+        write_json(folder / CONFIG_FILE, settings_of(config))
         return _search(config, subject, key, folder, terminal, signals)
 
 
