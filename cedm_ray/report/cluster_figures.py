@@ -30,6 +30,7 @@ def score_figure(
     baselines: Mapping[str, float],
     interval: tuple[int, int] | None = None,
     tie_set: TieSet | None = None,
+    best: int | None = None,
 ) -> Figure:
     """Score (above) and share of used clusters (below) against the number of clusters.
 
@@ -41,6 +42,7 @@ def score_figure(
         baselines: Scores of runs without clusters, by name, for example "unconditional".
         interval: Ends of the interval of C_max, or None where there is none.
         tie_set: Numbers of clusters that are as good as the best one, or None.
+        best: The number of clusters that was decided for; None while that is open: the lowest score is starred then.
 
     Returns:
         The figure, 9 by 7 inches.
@@ -51,7 +53,7 @@ def score_figure(
     count = one_count(rows)
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _draw_scores(upper, rows, baselines, tie_set)
+    _draw_scores(upper, rows, baselines, tie_set, best)
     _draw_utilization(lower, rows, utilization_cutoff)
     for axes in (upper, lower):
         _draw_bound(axes, c_max, interval)
@@ -107,7 +109,11 @@ def metrics_figure(
 
 
 def _draw_scores(
-    axes: Axes, rows: Sequence[Row], baselines: Mapping[str, float], tie_set: TieSet | None = None
+    axes: Axes,
+    rows: Sequence[Row],
+    baselines: Mapping[str, float],
+    tie_set: TieSet | None = None,
+    best: int | None = None,
 ) -> None:
     """The scores of trials against C: the state in the marker, the best starred, repeats small, the tie set filled."""
     scored = [row for row in rows if row.score is not None]
@@ -126,10 +132,10 @@ def _draw_scores(
         axes.vlines(clusters, *ends, color=BLUE, linewidth=1.2, label="range over sets of images", zorder=2)
     if tie_set is not None:
         _draw_tie_set(axes, scored, tie_set)
-    best = best_row(rows)
-    if best is not None and best.score is not None:
-        label = f"best: C = {best.num_clusters}, {best.score:.4g}"
-        axes.scatter([best.num_clusters], [best.score], s=290, marker="*", color=RED, label=label, zorder=3.2)
+    starred = best_row(rows, best)
+    if starred is not None and starred.score is not None:
+        label = f"best: C = {starred.num_clusters}, {starred.score:.4g}"
+        axes.scatter([starred.num_clusters], [starred.score], s=290, marker="*", color=RED, label=label, zorder=3.2)
     for i, (name, value) in enumerate(baselines.items()):
         colour = BASELINE_COLOURS[i % len(BASELINE_COLOURS)]
         axes.axhline(value, color=colour, linestyle="--", linewidth=1.3, label=f"{name}: {value:.4g}", zorder=2)

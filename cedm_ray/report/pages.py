@@ -91,6 +91,7 @@ def _score_by_clusters(run: Run) -> Figure:
         baselines=run.baselines(),
         interval=run.interval,
         tie_set=run.tie_set if run.pareto is None or run.tie_set is None else replace(run.tie_set, low=None, high=None),
+        best=run.best,
     )
 
 

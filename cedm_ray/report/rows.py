@@ -94,12 +94,18 @@ def one_count(items: Sequence[Row] | Sequence[Curve]) -> int | None:
     return counts[0] if counts else None
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
+def best_row(rows: Sequence[Row], best: int | None = None) -> Row | None:
     """The complete row with the lowest score (the smaller C where two are equal), or None where none is complete.
 
     Repeats do not compete: whoever is trained more often would win more often.
+
+    Args:
+        rows: Trials and probes.
+        best: The C that was decided for, whose rows alone count: retrainings, or several scores together, may decide
+            for another one than the lowest score. None while nothing is decided.
     """
     firsts = (row for row in rows if row.state == "complete" and row.train_seed is None)
+    firsts = (row for row in firsts if best is None or row.num_clusters == best)
     scored = [(row.score, row.num_clusters, row) for row in firsts if row.score is not None]
     return min(scored, key=lambda entry: entry[:2])[2] if scored else None
 

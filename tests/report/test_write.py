@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cedm_ray.errors import UserError
+from cedm_ray.report.figures import figures
 from cedm_ray.report.pages import efficiencies
 from cedm_ray.report.read_run import read_run
 from cedm_ray.report.run import Run
@@ -158,6 +159,14 @@ def test_a_storage_folder_that_was_moved_still_gives_every_file(written: Writer,
     folder = written()
     folder.parent.rename(tmp_path / "moved")
     assert len(write_report(read_run(tmp_path / "moved" / folder.name), tmp_path / "out")) == len(EVERY)
+
+
+def test_the_star_is_at_the_c_that_was_decided_for_and_at_the_lowest_score_before(result: Maker) -> None:
+    """Retrainings, or several scores together, may decide for another C than the lowest first score."""
+    for best, label in ((10, "best: C = 10, 3.03"), (20, "best: C = 20, 3"), (None, "best: C = 20, 3")):
+        run = Run.from_tree(result(best=best, tie_set=None), Path("toy-1"))
+        axes = figures(run)["score_by_clusters"].axes[0]
+        assert [str(c.get_label()) for c in axes.collections if str(c.get_label()).startswith("best")] == [label]
 
 
 def test_the_efficiency_is_that_of_the_whole_training(result: Maker) -> None:
