@@ -120,8 +120,8 @@ def _curve(run: Run, trial: Trial) -> Curve:
 
 
 def _compared(run: Run) -> tuple[Curve, list[Curve]]:
-    """The curve of the best C, and those that it is compared with."""
-    best = run.best_trial
+    """The curve of the best C to the end of its final training, and those that it is compared with."""
+    best = run.final_trial
     if best is None or not _curve(run, best).points:
         raise LeftOut("the best C is not known yet")
     others = [_curve(run, trial) for trial in run.firsts() if trial.grouping != run.grouping]

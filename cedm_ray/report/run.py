@@ -126,10 +126,20 @@ class Run:
 
     @property
     def best_trial(self) -> Trial | None:
-        """The trial that was trained on to the full budget."""
+        """The first training of the best C, whose score stands beside the others'; None while the search goes on."""
         if self.best is None:
             return None
         return self.first_trial(self.grouping, self.best)
+
+    @property
+    def final_trial(self) -> Trial | None:
+        """The training of the best C that was trained on to the full budget, which may repeat the first one.
+
+        Where none was yet it is :attr:`best_trial`.
+        """
+        own = [trial for trial in self.trials if (trial.grouping, trial.num_clusters) == (self.grouping, self.best)]
+        whole = [t for t in own if self.final is not None and t.rungs and t.rungs[-1].kimg == self.final.kimg]
+        return min(whole, key=self._rank, default=self.best_trial)
 
     def first_trial(self, grouping: str, num_clusters: int) -> Trial | None:
         """Of the trials of a grouping and a C that repeat no other, the complete one with the lowest score."""

@@ -62,6 +62,16 @@ def test_repeats_have_their_seed_and_stay_out_of_the_firsts(result: Maker, trial
     assert run.best_trial is not None and run.best_trial.rungs[-1].kimg == 400
 
 
+def test_the_training_that_was_trained_on_may_repeat_the_first_one(result: Maker, trial: Maker) -> None:
+    first = trial("temi", 20, {100: 6.0, 200: 3.0}, key="first")
+    again = trial("temi", 20, {100: 6.0, 200: 2.9, 400: 2.0}, key="again", train_seed=5)
+    run = Run.from_tree(result([first, again]), FOLDER)
+    assert run.best_trial is not None and run.best_trial.key == "first"
+    assert run.final_trial is not None and run.final_trial.key == "again"
+    assert Run.from_tree(result([first, again], final=None), FOLDER).final_trial == run.best_trial
+    assert Run.from_tree(result([first, again], best=None, final=None), FOLDER).final_trial is None
+
+
 def test_of_trials_with_the_best_c_the_complete_one_with_the_lowest_score_is_the_best(
     result: Maker, trial: Maker
 ) -> None:

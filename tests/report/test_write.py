@@ -177,6 +177,16 @@ def test_the_efficiency_is_that_of_the_whole_training(result: Maker) -> None:
     assert labels.factor == pytest.approx(200 / (200 * 2**share))
 
 
+def test_the_efficiency_is_that_of_the_training_that_was_trained_on(result: Maker, trial: Maker) -> None:
+    """After retrainings that need not be the first one, which ends with the search."""
+    first = trial("temi", 20, {100: 6.0, 200: 3.0})
+    again = trial("temi", 20, {100: 6.0, 200: 3.0, 400: 2.0}, train_seed=5)
+    trials = [each for each in result()["trials"] if each["num_clusters"] != 20]
+    run = Run.from_tree(result([*trials, first, again]), Path("toy-1"))
+    assert efficiencies(run) == efficiencies(Run.from_tree(result(), Path("toy-1")))
+    assert efficiencies(run)[1].own_kimg is not None  # reached after the end of the search
+
+
 def test_a_folder_that_cannot_be_written_is_refused(result: Maker, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written .*; give another folder with --out"):
