@@ -24,7 +24,7 @@ from cedm_ray.report.tables import to_csv
 from cedm_ray.report.trial import Rung, Trial
 from cedm_ray.weights.listing import Listing
 
-SAMPLES_FILE, MANIFEST_FILE = "samples.npy", "manifest.json"
+SAMPLE_PIXELS_FILE, MANIFEST_FILE = "samples.npy", "manifest.json"
 Page = Figure | Image.Image | str | Path
 """What is written: a figure, a picture, a text, or a file that is copied."""
 
@@ -159,7 +159,7 @@ def _samples_by_clusters(run: Run) -> Image.Image:
                 samples.append(read_samples(file))
             labels.append(f"{trial.label}\n{rung.kimg:,.10g} kimg{'' if score is None else f': {score:.4g}'}")
     if not samples:
-        raise LeftOut(f"no checkpoint holds {SAMPLES_FILE}")
+        raise LeftOut(f"no checkpoint holds {SAMPLE_PIXELS_FILE}")
     return samples_picture(labels, samples, metric=run.metric)
 
 
@@ -168,7 +168,7 @@ def _newest_samples(run: Run, trial: Trial) -> tuple[Rung, Path] | None:
     at_budget = trial.rung_at(run.total_kimg)
     for rung in (*([at_budget] if at_budget else []), *reversed(trial.rungs)):
         if rung.checkpoint_path is not None:
-            file = run.place(rung.checkpoint_path) / SAMPLES_FILE
+            file = run.place(rung.checkpoint_path) / SAMPLE_PIXELS_FILE
             if file.is_file():
                 return rung, file
     return None
