@@ -84,8 +84,7 @@ def compare_groupings(runs: Sequence[Run]) -> Groupings:
 
 def _complete(run: Run) -> Iterator[tuple[Trial, float]]:
     for trial in run.trials:
-        rung = trial.rung_at(run.total_kimg)
-        score = rung.score(run.metric) if rung and rung.kimg == run.total_kimg else None
+        score = run.score_at_budget(trial)
         if score is not None:
             yield trial, score
 
