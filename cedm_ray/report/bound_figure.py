@@ -11,15 +11,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from cedm_ray.errors import require
-from cedm_ray.report.colours import BLUE, DARK, GREEN, ORANGE, RED
+from cedm_ray.report.colours import BLUE, DARK, ORANGE, RED
 from cedm_ray.report.ticks import log_clusters, plain_ticks
 
-Fidelity = Literal["full", "low", "trial"]
+Fidelity = Literal["full", "low"]
 
 _STYLES: tuple[tuple[Fidelity, str, str, str], ...] = (
     ("low", "probe at low fidelity", "D", ORANGE),
     ("full", "probe at full fidelity", "o", BLUE),
-    ("trial", "trial", "s", GREEN),
 )
 # Unused share, in units of the cutoff's, below which a linear axis would leave too little height to the cutoff.
 _COMPRESS_FROM = 4.0
@@ -36,7 +35,7 @@ class ProbePoint:
     ratio: float
     """Share of them that hold an image, r_C in ``[0, 1]``."""
     fidelity: Fidelity
-    """A probe clusters fully or cheaply (``full``, ``low``); on the clustering of a ``trial`` a model was trained."""
+    """A probe clusters fully or cheaply."""
 
     def __post_init__(self) -> None:
         require(self.num_clusters >= 1, "num_clusters", self.num_clusters, "be at least 1")

@@ -15,7 +15,6 @@ POINTS = (
     ProbePoint(400, 0.981, "full"),
     ProbePoint(400, 0.97, "low"),
     ProbePoint(800, 0.93, "low"),
-    ProbePoint(300, 0.99, "trial"),
 )
 CURVE = FittedCurve((100.0, 400.0, 800.0), (0.999, 0.983, 0.94), (0.99, 0.97, 0.92), (1.0, 0.99, 0.95))
 
@@ -51,12 +50,11 @@ def test_every_reading_stands_where_it_was_read_apart_by_fidelity() -> None:
     found = readings(figure_of().axes[0])
     assert found["probe at full fidelity (3)"] == [[100, 1.0], [400, 0.985], [400, 0.981]]
     assert found["probe at low fidelity (2)"] == [[400, 0.97], [800, 0.93]]
-    assert found["trial (1)"] == [[300, 0.99]]
 
 
 def test_each_fidelity_has_a_marker_of_its_own() -> None:
     shapes = [c.get_paths()[0].vertices.tobytes() for c in figure_of(curve=None).axes[0].collections]
-    assert len(shapes) == len(set(shapes)) == 3
+    assert len(shapes) == len(set(shapes)) == 2
 
 
 def test_repeats_that_agree_are_darker_than_a_single_reading() -> None:
@@ -201,7 +199,7 @@ def test_readings_and_curves_that_make_no_sense_are_refused() -> None:
     for ratio in (1.01, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"ratio is {ratio}; it must lie in \[0, 1\]"):
             ProbePoint(5, ratio, "full")
-    with pytest.raises(ValueError, match="fidelity is 'half'; it must be one of full, low, trial"):
+    with pytest.raises(ValueError, match="fidelity is 'half'; it must be one of full, low"):
         ProbePoint(5, 1.0, "half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="number of values in low is 1; it must be 2, one for each num_clusters"):
         FittedCurve((1.0, 2.0), (1.0, 0.9), (1.0,), (1.0, 1.0))
