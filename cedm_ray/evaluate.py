@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +18,7 @@ from rich.console import Console
 from cedm_ray.data.generated import open_generated
 from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
+from cedm_ray.data.storage import DEFAULT_COPIES_FOLDER, storage_folder
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.errors import UserError, require
 from cedm_ray.flags import parse_flags
@@ -26,6 +31,7 @@ from cedm_ray.stages.inputs.images import pack_images
 from cedm_ray.stages.results.score_rows import score_row
 from cedm_ray.stages.show.progress import WorkCounter
 from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.storage.bucket_files import keep_file
 from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
 
 
@@ -60,7 +66,9 @@ class EvaluateSettings:
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a damaged, too small or too large image does: end the command, or be left out and counted."""
     storage_path: Path = Path("runs")
-    """Folder where features are kept; a second evaluation against the same images reads them."""
+    """Folder where features are kept, or s3://bucket/prefix; a second evaluation against the same images reads them."""
+    storage_copies: Path = DEFAULT_COPIES_FOLDER
+    """Folder for copies of what lies in a bucket."""
     out: Path | None = None
     """JSON file for the scores (when not given: under evaluations/ in the storage folder)."""
 
@@ -70,6 +78,10 @@ class EvaluateSettings:
         for name in ("num_images", "max_real"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "be at least 1")
+
+    def storage(self) -> Path:
+        """The storage folder on this machine."""
+        return storage_folder(self.storage_path, self.storage_copies).expanduser()
 
 
 @dataclass(frozen=True)
@@ -94,12 +106,14 @@ def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> li
         The scores, detector by detector.
 
     Raises:
-        UserError: If images or weights are missing or do not fit one another.
+        UserError: If images or weights are missing or do not fit one another, or if ``out`` cannot be written.
     """
     terminal = terminal or Terminal()
+    if settings.out is not None:
+        _try_out(settings.out.expanduser())
     hashes = check_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
     load_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
-    store = Store(prepare_storage(settings.storage_path) / "store")
+    store = Store(prepare_storage(settings.storage()) / "store")
     piles = _piles(settings, store, terminal)
     found: list[Score] = []
     for name in settings.detectors:
@@ -183,13 +197,38 @@ def _extract(piles: Sequence[FeatureParts], spec: DetectorSpec, device: torch.de
             parts.make(bounds, detector, device, counter.add)
 
 
+def _try_out(out: Path) -> None:
+    """Refuse a file that could not be written at the end, before hours are spent."""
+    with _written(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=out.parent).close()
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"out {out} cannot be written ({reason}); give another file with --out") from error
+
+
+@for_this_user()
 def write_scores(settings: EvaluateSettings, scores: Sequence[Score]) -> Path:
-    """Keep scores, with what was compared, as JSON; returns the file."""
+    """Keep scores, with what was compared, as JSON; returns the file.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     facts = {"settings": asked, "scores": [asdict(score) for score in scores]}
-    default = settings.storage_path.expanduser() / "evaluations" / f"{key_of(facts)}.json"
+    default = settings.storage() / "evaluations" / f"{key_of(facts)}.json"
     out = default if settings.out is None else settings.out.expanduser()
-    write_json(out, facts)
+    with _written(out):
+        write_json(out, facts)
+    keep_file(out)
     return out
 
 

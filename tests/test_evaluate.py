@@ -1,4 +1,7 @@
 import json
+import os
+import re
+import stat
 import zipfile
 from pathlib import Path
 
@@ -7,8 +10,11 @@ import pytest
 from PIL import Image
 from prdc import compute_prdc
 
+from cedm_ray import evaluate
 from cedm_ray.data.digits import digits
-from cedm_ray.evaluate import main
+from cedm_ray.errors import UserError
+from cedm_ray.evaluate import EvaluateSettings, main, write_scores
+from cedm_ray.flags import parse_flags
 from cedm_ray.metrics.lenet import load_lenet
 from cedm_ray.stages.inputs.features import FeatureParts
 
@@ -84,6 +90,59 @@ def test_a_zip_of_the_same_images_scores_the_same(place: Path) -> None:
 def test_only_the_first_images_are_scored_where_so_many_are_asked_for(place: Path) -> None:
     scores = run(place, "near", "--num-images", "100", "--max-real", "500")
     assert {(score["num_images"], score["num_reference"]) for score in scores} == {(100, 500)}
+
+
+@pytest.mark.parametrize("out", ["near", "near/00000.png/scores.json"])
+def test_a_place_where_the_scores_cannot_go_is_refused_before_any_work(
+    place: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "load_detectors", None)  # what comes first of the work
+    flags = ["--images", str(place / "near"), "--detectors", "lenet", "--out", str(place / out)]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: out {place / out} cannot be written (") and error.count("\n") == 1
+    assert error.endswith("; give another file with --out\n")
+
+
+def test_scores_that_cannot_be_written_after_all_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "evaluations").touch()
+    due = r"evaluations/\w+\.json cannot be written \(.+\); give another file with --out"
+    with pytest.raises(UserError, match=due):
+        write_scores(EvaluateSettings("samples", storage_path=tmp_path / "runs"), [])
+
+
+def test_scores_are_for_their_user_alone(tmp_path: Path) -> None:
+    settings = EvaluateSettings("samples", storage_path=tmp_path / "runs")
+    before = os.umask(0o022)
+    try:
+        file = write_scores(settings, [])
+    finally:
+        os.umask(before)
+    assert file.parent == tmp_path / "runs" / "evaluations"
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (file, file.parent)] == [0o600, 0o700]
+
+
+def opened(path: Path) -> None:
+    raise UserError(f"opened {path}")
+
+
+def test_what_a_bucket_holds_lies_in_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Path] = []
+    monkeypatch.setattr(evaluate, "keep_file", kept.append)
+    monkeypatch.setattr(evaluate, "prepare_storage", opened)
+    monkeypatch.chdir(tmp_path)
+    storage = parse_flags(
+        EvaluateSettings,
+        ["--images", "x", "--detectors", "lenet", "--storage-path", "s3://bucket/runs", "--storage-copies", "copies"],
+        prog="evaluate",
+    )
+    copy = tmp_path / "copies" / "s3:" / "bucket" / "runs"
+    with pytest.raises(UserError, match=re.escape(f"opened {copy}")):
+        evaluate.evaluate(storage)
+    file = write_scores(storage, [])
+    assert kept == [file] and file.parent == copy / "evaluations"
+    assert [each.name for each in tmp_path.iterdir()] == ["copies"]
 
 
 @pytest.mark.parametrize(
