@@ -203,7 +203,7 @@ def _with_metric(config: SearchConfig) -> SearchConfig:
     if config.metric is None:
         return config
     names: tuple[DetectorName, ...] = ("inception", "dinov2") if config.metric == "fid" else ("dinov2", "inception")
-    also = (*names[1:], *(name for name in config.score.detectors if name not in names and name in config.score.also))
+    also = (*names[1:], *(name for name in config.score.also if name not in names))
     return config.with_values({"score.detector": names[0], "score.also": also})
 
 

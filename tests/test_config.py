@@ -147,6 +147,23 @@ def test_where_things_are_kept_does_not_change_what_is_computed() -> None:
         assert fingerprint_tree(load(argv)) != base
 
 
+@pytest.mark.parametrize(
+    ("flags", "detectors"),
+    [
+        (["--metric", "fid"], ("inception", "dinov2")),
+        (["--metric", "fdd"], ("dinov2", "inception")),
+        (["--metric", "fdd", "--score.also", "backbone"], ("dinov2", "inception", "backbone")),
+        (["--metric", "fid", "--score.also", "dinov2", "backbone"], ("inception", "dinov2", "backbone")),
+        (["--metric", "fid", "--score.detector", "backbone"], ("inception", "dinov2")),
+        ([], ("lenet",)),
+    ],
+)
+def test_a_metric_stands_for_the_detectors_of_fid_and_fdd_the_one_to_minimise_first(
+    flags: list[str], detectors: tuple[str, ...]
+) -> None:
+    assert load(flags).score.detectors == detectors
+
+
 def test_rungs_grow_by_the_reduction_factor_and_end_at_the_budget() -> None:
     settings = load(["--dataset", "cifar10"]).granularity
     assert settings.rungs_kimg() == (12_500, 25_000, 50_000, 100_000)
