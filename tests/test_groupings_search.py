@@ -1,4 +1,7 @@
-"""Every grouping as the condition of the same training, as a user starts it: one small search of the digits each."""
+"""Groupings as the condition of the same training, as a user starts it: one small search of the digits each.
+
+Not here: temi, on which tests/test_search.py searches, and superclasses, which the digits do not have.
+"""
 
 import json
 import os
