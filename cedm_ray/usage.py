@@ -83,6 +83,7 @@ def short_help() -> str:
         "Find the number of clusters C on which a conditional diffusion model of your images does best.",
         "The same command again goes on with a search that was interrupted. Defaults are in parentheses;",
         "a dataset's search-space file may have others.",
+        "",
     ]
     for group, flags in GROUPS.items():
         lines.append(f"{group}:")
