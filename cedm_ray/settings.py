@@ -72,7 +72,8 @@ class BoundSettings:
     lower: bool = False
     """Also find the paper's lower bound: the clusters that TEMI uses at gamma 1 when it is given far too many."""
     lower_clusters: tuple[int, ...] = ()
-    """Numbers of clusters that it is given (when not given: 1.5, 2 and 3 times the upper end of C_max's interval)."""
+    """Numbers of clusters that TEMI is given for the lower bound (when not given: 1.5, 2 and 3 times the upper end of
+    C_max's interval)."""
     from_lower: bool = False
     """Search C from the lower bound on instead of from 2."""
     c_max: int | None = None
@@ -110,9 +111,9 @@ class GranularitySettings:
     """Who proposes numbers of clusters: gp (a Gaussian process over ln C that models noise), tpe or random of Optuna
     (when not given: gp, or tpe where the file has a space of other settings)."""
     rule: RuleName | None = None
-    """Who goes on from a rung: fitted (what the learning curves that the process fits promise), promotion (ASHA that
-    pauses at each rung and promotes), asha (ASHA that stops), or none (when not given: fitted, or promotion where the
-    file has a space of other settings)."""
+    """Who goes on from a rung: fitted (the training that a model of the learning curves expects most of),
+    promotion (ASHA that pauses at each rung and promotes), asha (ASHA that stops), or none (when not given: fitted, or
+    promotion where the file has a space of other settings)."""
     grid_points: int = 24
     """Numbers of clusters to choose from, log-spaced over [2, C_max): the full grid."""
     share: float = 0.25
