@@ -50,11 +50,21 @@ def test_all_heads_at_once_equal_one_head_after_another():
     assert ours.shape == (H, B, C)
 
 
-def test_one_head_more_does_not_change_the_logits_of_the_others():
+@torch.no_grad()
+def test_what_changes_in_one_head_changes_no_logit_of_the_others():
     heads, x = some_heads(), batch(9)
-    assert not torch.allclose(heads(x)[0], heads(x)[1])
-    with pytest.raises(ValueError, match=r"index is 3; it must lie in \[0, 3\)"):
-        heads.head(H)
+    before = heads(x).clone()
+    for parameter in heads.parameters():
+        parameter[1] = 3 * parameter[1] + 0.1
+    after = heads(x)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert not torch.isclose(after[1], before[1]).any()
+
+
+@pytest.mark.parametrize("index", [-1, H])
+def test_a_head_that_is_not_there_is_refused(index):
+    with pytest.raises(ValueError, match=rf"index is {index}; it must lie in \[0, 3\)"):
+        some_heads().head(index)
 
 
 def test_every_logit_starts_as_a_cosine():
