@@ -34,12 +34,13 @@ class UpperBoundSearch:
         c_start: First number of clusters to try, in ``[2, max_clusters]``.
         cutoff: Utilization ratio at which C_max lies, in ``(0, 1)``.
         max_clusters: Largest number of clusters to try.
-        precision: The search ends when the interval reaches from ``C / (1 + precision)`` to ``C (1 + precision)``.
-        resolution: It also ends when the interval is at most this many clusters wide and its upper end at most twice
-            its lower one, at least 1.
+        precision: The search ends, after two full readings at the earliest, when the upper end of the interval is at
+            most ``(1 + precision)^2`` times the lower one.
+        resolution: It then also ends when the interval is at most this many clusters wide and its upper end at most
+            twice its lower one, at least 1.
         confidence: Probability that the interval holds C_max, in ``(0, 1)``.
-        max_probes: Probes of full fidelity after which it ends in any case, at least 1; twice as many where none of
-            them has yet fallen to the cutoff.
+        max_probes: Probes of full fidelity after which it ends in any case, at least 1; twice as many where so many
+            readings lie above the cutoff, since r_C had not fallen to it until then.
         low_spread: Standard deviation of ln C_max at low fidelity about that at full fidelity; None to ask for full
             fidelity only.
 
@@ -186,10 +187,13 @@ class UpperBoundSearch:
             self._full.expect(self._low.shifted(self.low_spread))
 
     def _limit(self) -> int:
-        """Full probes that may be spent: more where r_C has never fallen, since nothing is known of C_max then."""
-        read = [ratio for probe, ratio in self._readings.items() if probe.fidelity == "full"]
-        never = len(read) >= self.max_probes and min(read) > self.cutoff
-        return 2 * self.max_probes if never else self.max_probes
+        """Full probes that may be spent: more where r_C was slow to fall, since little is known of C_max then.
+
+        Readings that fall later leave it as it is: the first of them is what tells where C_max lies.
+        """
+        full = [ratio for probe, ratio in self._readings.items() if probe.fidelity == "full"]
+        above = sum(ratio > self.cutoff for ratio in full)
+        return 2 * self.max_probes if above >= self.max_probes else self.max_probes
 
     def _median(self) -> int:
         """Rounded up, at least 2; may lie beyond ``max_clusters``."""

@@ -362,6 +362,25 @@ def test_it_is_out_of_probes_where_the_interval_is_still_too_wide() -> None:
     assert search.outcome == "out_of_probes" and search.c_max is not None
 
 
+def test_readings_that_fall_late_leave_the_search_the_probes_that_were_added() -> None:
+    # From 20 the first four readings lie above the cutoff; the sixth is the first one to fall to it.
+    search = UpperBoundSearch(20, max_clusters=50_000, max_probes=4, precision=0.01, resolution=1)
+    asked = flat(run(search, lambda probe: Curve(900, 0).mean(probe.num_clusters)))
+    fallen = [reading.ratio <= 0.96 for reading in search.readings]
+    assert fallen.index(True) == 5 and len(asked) == 8
+    shuffled = UpperBoundSearch(20, max_clusters=50_000, max_probes=4, precision=0.01, resolution=1)
+    for reading in reversed(search.readings[:6]):
+        shuffled.tell(reading.probe, reading.ratio)
+    assert not shuffled.done and flat(run(shuffled, lambda probe: Curve(900, 0).mean(probe.num_clusters))) == asked[6:]
+
+
+def test_readings_that_were_never_asked_for_add_no_probes_where_r_c_has_fallen() -> None:
+    search = UpperBoundSearch(100, max_clusters=5000, max_probes=3, precision=0.01, resolution=1)
+    for clusters, ratio in ((100, 0.99), (200, 0.97), (400, 0.95), (800, 0.9)):
+        search.tell(Probe(clusters), ratio)
+    assert search.outcome == "out_of_probes" and search.ask() == []
+
+
 def test_more_confidence_means_a_wider_interval() -> None:
     searches = [UpperBoundSearch(100, max_clusters=5000, confidence=share) for share in (0.5, 0.8, 0.95)]
     for search in searches:
