@@ -55,13 +55,13 @@ class BoundSettings:
     cutoff: float = 0.96
     """C_max is the C at which the share of used clusters r_C falls to this."""
     precision: float = 0.2
-    """The fit ends when the interval reaches no further than this share below and above C_max."""
+    """The fit ends when the upper end of its interval is at most (1 + precision)^2 times the lower one."""
     resolution: int = 10
-    """The search ends when C_max is known to this many clusters."""
+    """The search also ends when C_max is known to this many clusters (the fit: and to a factor of 2)."""
     confidence: float = 0.95
     """Probability with which the interval of the fit holds C_max."""
     max_probes: int = 12
-    """Full probes after which the fit ends in any case (twice as many where r_C has never fallen to the cutoff)."""
+    """Full probes after which the fit ends in any case (twice as many where so many readings lie above the cutoff)."""
     low_heads: int | None = 4
     """Heads of the cheap probes that bracket C_max before full ones decide (None: none are run, nor where TEMI has no
     more heads than these)."""
@@ -115,7 +115,7 @@ class GranularitySettings:
     promotion (ASHA that pauses at each rung and promotes), asha (ASHA that stops), or none (when not given: fitted, or
     promotion where the file has a space of other settings)."""
     grid_points: int = 24
-    """Numbers of clusters to choose from, log-spaced over [2, C_max): the full grid."""
+    """Numbers of clusters to choose from, log-spaced from 2 to the upper end of C_max's interval: the full grid."""
     share: float = 0.25
     """Budget of the search, as a share of the images that the full grid would see, where no other budget is given."""
     num_trials: int | None = None
@@ -131,7 +131,7 @@ class GranularitySettings:
     """The rungs themselves, ascending, in thousands of images seen, the last one being total_kimg (when not given: from
     grace_kimg on by the reduction factor)."""
     startup_trials: int = 4
-    """Trials of a log-spaced design over [2, C_max) before scores decide."""
+    """Trials of a log-spaced design over the same range before scores decide."""
     tolerance: float = 0.0005
     """When no further training is expected to lower the score by more than this share, the fitted rule only finishes
     the one that looks best."""

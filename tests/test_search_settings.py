@@ -101,7 +101,7 @@ def test_flags_of_the_view_are_no_settings(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_json_says_plans_and_errors_and_nothing_else_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
-    grid = "12 numbers of clusters, log-spaced over [2, C_max), 0.02 Mimg each: 0.24 Mimg"
+    grid = "12 numbers of clusters, log-spaced from 2 to the upper end of C_max's interval, 0.02 Mimg each: 0.24 Mimg"
     assert main(["--json", "--dataset", "digits", "--dry-run"]) == 0
     plan = json.loads(capfd.readouterr().out)  # one object
     assert plan["event"] == "plan" and ["grid", grid] in plan["plan"]

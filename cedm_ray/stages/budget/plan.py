@@ -70,7 +70,7 @@ class Plan:
         if allowed is not None:
             trainings, share = allowed / work.total_kimg, allowed / work.grid_kimg
             budget = f"at most {mimg(allowed)}, {figure(trainings)} whole trainings, {share:.0%} of the grid"
-        points = f"{work.grid_points} numbers of clusters, log-spaced over [2, C_max)"
+        points = f"{work.grid_points} numbers of clusters, log-spaced from 2 to the upper end of C_max's interval"
         rungs = ", ".join(f"{rung:,}" for rung in settings.rungs_kimg())
         how = f"sampler {settings.sampler_name(space=space)}, rule {settings.rule_name(space=space)}"
         return [

@@ -220,8 +220,9 @@ def test_retrainings_have_what_the_search_leaves_of_the_budget(tmp_path: Path) -
 
 
 def test_the_plan_of_a_search_by_share_says_what_is_trained_and_that_the_time_is_unknown() -> None:
+    grid = "20 numbers of clusters, log-spaced from 2 to the upper end of C_max's interval"
     assert plan().lines() == [
-        ("grid", "20 numbers of clusters, log-spaced over [2, C_max), 0.1 Mimg each: 2 Mimg"),
+        ("grid", f"{grid}, 0.1 Mimg each: 2 Mimg"),
         ("search", "at most 0.5 Mimg, 5 whole trainings, 25% of the grid"),
         ("", "sampler gp, rule fitted, scored at 50, 100 kimg"),
         ("beside it", "2 to compare with: 0.2 Mimg"),
