@@ -25,7 +25,9 @@ def stopping_rung_passed(scores: Sequence[float], own: float, eta: float) -> boo
         own: The run's own score.
         eta: One in this many goes on.
 
-    Source: arXiv 1810.05934, as in Ray Tune: not worse than the best 1/eta quantile of those before.
+    Source: arXiv 1810.05934, as in Ray Tune: not worse than the best 1/eta quantile of those before. The quantile is
+    interpolated between two scores: where they are given as logarithms, as the search does, by a geometric mean
+    where Ray Tune takes an arithmetic one.
     """
     return not scores or own <= float(np.percentile(np.asarray(scores, dtype=np.float64), 100 / eta))
 
