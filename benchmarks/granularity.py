@@ -1,14 +1,20 @@
 """The search for the best number of clusters replayed on known learning curves: what it finds, and for how many images.
 
     python benchmarks/granularity.py --seeds 200
+    python benchmarks/granularity.py --families hard --seeds 60
     python benchmarks/granularity.py --curves curves.npz
 
-Curves are score(C, kimg, seed), lower is better. Two families are built in. One is calibrated on the published FID of
+Curves are score(C, kimg, seed), lower is better. Two families are replayed. One is calibrated on the published FID of
 CIFAR-100 at 100 Mimg (2.93 at C = 20, 2.37 at 100, 2.31 at 200; arXiv 2403.00570, Table 2), the other has its best C
 anywhere in the upper half of [2, C_max), with C_max from 60 to 600 and sides of random steepness. In both, ln(score) is
 a U in ln C that flattens out at the score without clusters, falls as a power of the images seen whose factor varies
 with C, so that curves cross, and carries the luck of each training (standard deviation 1.5 %, alike at neighbouring
 rungs) and of each set of images (0.5 %). Grids of 12 and of 24 values of C take turns.
+
+With --families hard six others are replayed, each like the random one but in what its name says: a V in ln C whose luck
+is independent at every rung (a grid of 24 values of C); the best C in the lower third and an exponential fall (20); the
+best C anywhere (16); scores that fall by the logarithm of the images (12); three rungs from 20 % of the images on (10);
+a best C that moves by a factor of 3.5 to 6 from the first rung to the end (20).
 
 A file of one's own holds num_clusters (M,), kimg (R,) ascending, score (S, M, R) and, if wanted, unconditional (S, R)
 and expected (S, M), the score at the end that is free of luck; where it is missing and the seeds differ by nothing but
@@ -23,21 +29,20 @@ of the full grid; golden section search alone is written here. Some minutes on o
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from learning_curves import HARD, SETTINGS, Curves, hard, usual
 from record import arguments, end
 from rich.console import Console
 from rich.table import Table
 
 from cedm_ray.granularity.budget import Limits, Workload, search_kimg
 from cedm_ray.granularity.search import GranularitySearch, SearchPlan
-from cedm_ray.settings import GranularitySettings
 
-SETTINGS = GranularitySettings()
 TOLERATED = 0.02
 METHODS = {
     "full grid": None,
@@ -49,55 +54,11 @@ METHODS = {
     "GP + promotion ASHA": ("gp", "promotion"),
     "GP + fitted curves": ("gp", "fitted"),
 }
+FAMILIES: dict[str, dict[str, Callable[[int], Curves]]] = {
+    "usual": {"CIFAR-100": partial(usual, published=True), "random": partial(usual, published=False)},
+    "hard": {name: partial(hard, family) for name, family in HARD.items()},
+}
 DEFAULT = next(name for name, how in METHODS.items() if how == (SETTINGS.sampler_name(), SETTINGS.rule_name()))
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The learning curves of one seed."""
-
-    num_clusters: np.ndarray
-    kimg: np.ndarray
-    score: np.ndarray
-    """Shape (M, R)."""
-    expected: np.ndarray | None = None
-    """At the end of training, free of luck, shape (M,)."""
-    unconditional: float | None = None
-
-    def regret(self, candidate: int, *, luck: bool = False) -> float:
-        """How much worse a candidate is than the best one; with this seed's luck, or free of it where that is known."""
-        end_scores = self.score[:, -1] if self.expected is None or luck else self.expected
-        return float(end_scores[candidate] / end_scores.min() - 1)
-
-    def rungs(self) -> list[int]:
-        """Columns nearest to the rungs of the product's own plan, the last one among them."""
-        total = int(self.kimg[-1])
-        wanted = [rung / SETTINGS.total_kimg * total for rung in SETTINGS.rungs_kimg()]
-        return sorted({int(np.abs(np.log(self.kimg / kimg)).argmin()) for kimg in wanted})
-
-
-def synthetic(seed: int, *, published: bool) -> Curves:
-    """One seed of a built-in family."""
-    rng = np.random.default_rng(seed)
-    kimg = np.array(SETTINGS.rungs_kimg())
-    end_of_range = 250 if published else int(np.exp(rng.uniform(np.log(60), np.log(600))))
-    num_clusters = np.unique(np.round(np.geomspace(2, end_of_range - 1, 12 if seed % 2 else 24)).astype(int))
-    u = np.log(num_clusters)
-    # The parabola in ln C through the three published values has its lowest point at C = 207.
-    best = rng.normal(np.log(207), 0.1) if published else rng.uniform(0.55 * u[0] + 0.45 * u[-1], u[-1])
-    left = 0.1136 / 2.31 * np.exp(rng.normal(0, 0.1 if published else 0.4))
-    right = left * np.exp(rng.normal(0.7, 0.5))
-    worst = 0.5 if published else rng.uniform(0.3, 0.8)  # ln of how much worse it is without clusters
-    final = np.log(2.31) + worst * np.tanh(np.where(u < best, left, right) * (u - best) ** 2 / worst)
-    course = (kimg / kimg[-1]) ** -rng.uniform(0.3, 0.6) - 1
-    middle = 2 * (u - u.mean()) / np.ptp(u)
-    wave = np.sin(rng.uniform(0.5, 1.5) * u + rng.uniform(0, 2 * np.pi))
-    slope = rng.uniform(0.25, 0.6) * np.exp(rng.normal(0, 0.12) * middle + rng.normal(0, 0.06) * wave)
-    distance = np.abs(np.log(kimg)[:, None] - np.log(kimg)[None])
-    luck = rng.multivariate_normal(np.zeros(len(kimg)), 0.015**2 * np.exp(-distance / 1.5), size=len(u))
-    luck += rng.normal(0, 0.005, luck.shape)
-    scores = np.exp(final[:, None] + slope[:, None] * course + luck)
-    return Curves(num_clusters, kimg, scores, np.exp(final), float(2.31 * np.exp(worst)))
 
 
 def read_curves(file: Path) -> list[Curves]:
@@ -260,6 +221,7 @@ def replay(name: str, problems: list[Curves], share: float, at_once: int) -> dic
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=200, help="seeds of each built-in family, or of the file at most")
+    parser.add_argument("--families", choices=FAMILIES, default="usual", help="which built-in curves to replay")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="replay these curves instead of the built-in ones")
     parser.add_argument("--share", type=float, default=SETTINGS.share, help="budget as a share of the full grid")
     parser.add_argument("--at-once", type=int, default=1, help="trainings side by side")
@@ -274,10 +236,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
     else:
-        families = {
-            "CIFAR-100": [synthetic(seed, published=True) for seed in range(args.seeds)],
-            "random": [synthetic(seed, published=False) for seed in range(args.seeds)],
-        }
+        families = {name: [make(seed) for seed in range(args.seeds)] for name, make in FAMILIES[args.families].items()}
     found = {
         family: {name: replay(name, problems, args.share, args.at_once) for name in args.methods}
         for family, problems in families.items()
@@ -312,7 +271,7 @@ def main() -> None:
                 f"{each['regret_median']:.2%}",
                 f"{each['regret_95']:.2%}",
             )
-    Console(width=120).print(table)
+    Console(width=130).print(table)
     end({"methods": overall, "default": DEFAULT, "families": found}, args.json, ("numpy", "scipy", "optuna"))
 
 

@@ -192,6 +192,83 @@ def test_flags_out_of_their_bounds_are_refused(
     assert "must be at least 1, and --share must lie in (0, 1]" in capsys.readouterr().err
 
 
+GRIDS = {
+    "V, luck of every rung": 24,
+    "left, exponential": 20,
+    "anywhere": 16,
+    "logarithmic": 12,
+    "three rungs": 10,
+    "best C moves": 20,
+}
+
+
+@pytest.fixture
+def expected_curves(benchmark: Any) -> Callable[[str], list[tuple[NDArray[np.int64], NDArray[np.float64]]]]:
+    """Numbers of clusters and ln(score) free of luck (M, R), of forty seeds of a hard family."""
+    import learning_curves
+
+    def made(name: str) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        family = benchmark.HARD[name]
+        found = [learning_curves.without_luck(family, np.random.default_rng(seed)) for seed in range(40)]
+        return [(clusters, scores) for clusters, _, scores in found]
+
+    return made
+
+
+def test_the_hard_families_have_the_grids_and_rungs_that_they_are_described_with(
+    benchmark: Any, expected_curves: Any
+) -> None:
+    assert set(benchmark.HARD) == set(GRIDS)
+    for name, count in GRIDS.items():
+        assert {len(clusters) <= count < 1.3 * len(clusters) for clusters, _ in expected_curves(name)} == {True}
+        curves, again = (benchmark.hard(benchmark.HARD[name], 3) for _ in range(2))
+        assert np.array_equal(curves.score, again.score) and curves.regret(int(curves.expected.argmin())) == 0
+        shares = [0.2, 0.45, 1] if name == "three rungs" else [0.125, 0.25, 0.5, 1]
+        assert (curves.kimg / curves.kimg[-1]).tolist() == shares and curves.rungs() == list(range(len(shares)))
+
+
+def test_the_best_c_of_the_hard_families_lies_and_moves_as_described(expected_curves: Any) -> None:
+    ends, moves = {}, {}
+    for name in GRIDS:
+        found = [(np.log(clusters), scores.argmin(0)) for clusters, scores in expected_curves(name)]
+        ends[name] = np.array([(u[best[-1]] - u[0]) / np.ptp(u) for u, best in found])
+        moves[name] = np.array([abs(u[best[-1]] - u[best[0]]) for u, best in found])
+    assert ends["left, exponential"].max() < 0.45 < np.median(ends["logarithmic"])
+    assert ends["anywhere"].min() < 0.2 and ends["anywhere"].max() > 0.8
+    assert moves.pop("best C moves").min() >= 1
+    assert all(np.median(each) < 0.5 for each in moves.values())
+
+
+def test_the_hard_families_have_the_shapes_that_they_are_described_with(expected_curves: Any) -> None:
+    for clusters, scores in expected_curves("V, luck of every rung"):
+        steepness = np.diff(scores[:, -1]) / np.diff(np.log(clusters))
+        assert np.unique(steepness.round(6)).size <= 3  # left, right, and across the tip
+    for _, scores in expected_curves("left, exponential"):  # of x, x^2, x^4 and x^8
+        first, second, third = -np.diff(scores).T
+        x = np.sqrt(second / first + 0.25) - 0.5
+        assert third / second == pytest.approx(x**2 * (1 + x**2)) and np.all((x > 0) & (x < 1))
+    for _, scores in expected_curves("logarithmic"):
+        first, second, third = -np.diff(np.exp(scores)).T
+        assert first == pytest.approx(second) and third == pytest.approx(second)
+
+
+def test_luck_is_alike_at_neighbouring_rungs_but_for_the_family_of_independent_luck(
+    benchmark: Any, expected_curves: Any
+) -> None:
+    for name, wanted in (("V, luck of every rung", 0), ("anywhere", 0.9 * np.exp(-np.log(2) / 1.5))):
+        luck = []
+        for seed, (_, scores) in enumerate(expected_curves(name)):
+            luck.append(np.log(benchmark.hard(benchmark.HARD[name], seed).score) - scores)
+        all_luck = np.concatenate(luck)
+        assert np.corrcoef(all_luck[:, :2].T)[0, 1] == pytest.approx(wanted, abs=0.08)
+        assert all_luck.std() == pytest.approx(np.hypot(0.015, 0.005), rel=0.1)
+
+
+def test_the_hard_families_are_replayed_where_asked_for(figures: Figures) -> None:
+    found = figures("--families", "hard", "--seeds", 1, "--methods", "full grid", "golden section")
+    assert set(found["families"]) == set(GRIDS)
+
+
 def test_where_seeds_differ_by_luck_alone_their_mean_is_what_is_expected(benchmark: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     luck = bowls(40, seeds=1) * np.exp(rng.normal(0, 0.02, (60, 10, 6)))
