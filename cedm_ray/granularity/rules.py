@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from cedm_ray.granularity.curve_model import CurveModel
-from cedm_ray.granularity.runs import Run, Runs, scalar
+from cedm_ray.granularity.runs import Run, Runs, mean_log_score
 from cedm_ray.granularity.samplers import observed
 
 RuleName = Literal["fitted", "promotion", "asha", "none"]
@@ -38,7 +38,8 @@ def promotable(runs: Runs, eta: float) -> Run | None:
     Source: arXiv 1810.05934, Algorithm 2.
     """
     for rung in reversed(runs.rungs_kimg[:-1]):
-        there = sorted((run for run in runs if rung in run.readings), key=lambda run: scalar(run.readings[rung]))
+        there = [run for run in runs if rung in run.readings]
+        there.sort(key=lambda run: mean_log_score(run.readings[rung]))
         for run in there[: int(len(there) / eta)]:
             if run.state == "paused" and run.reached_kimg == rung:
                 return run
@@ -50,7 +51,7 @@ def favourite(among: Sequence[Run]) -> Run | None:
     if not any(run.readings for run in among):
         return None
     high = max(run.reached_kimg for run in among)
-    return min((run for run in among if run.reached_kimg == high), key=lambda run: scalar(run.readings[high]))
+    return min((run for run in among if run.reached_kimg == high), key=lambda run: mean_log_score(run.readings[high]))
 
 
 class FittedChooser:

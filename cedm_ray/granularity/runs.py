@@ -11,6 +11,7 @@ from typing import Any, Literal
 Params = Mapping[str, Any]
 """``num_clusters`` and the dotted paths of other settings that are searched over."""
 RunState = Literal["running", "paused", "stopped", "complete", "failed"]
+LEAST_SCORE = 1e-12
 
 
 def name_of(params: Params) -> str:
@@ -108,9 +109,18 @@ class Runs:
         return next(rung for rung in self.rungs_kimg if rung > reached)
 
 
-def scalar(scores: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    """Several scores as one: the weighted mean of their logarithms (equal weights where none are given)."""
-    logs = [math.log(max(score, 1e-12)) for score in scores]
+def mean_log_score(scores: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Several scores as one number: the logarithm of their weighted geometric mean.
+
+    Args:
+        scores: One for each objective; what is below 1e-12 counts as 1e-12, since rounding may leave a distance at or
+            below 0.
+        weights: Of the objectives, not all 0; None for equal ones.
+
+    Raises:
+        ValueError: If there are not as many weights as scores.
+    """
+    logs = [math.log(max(score, LEAST_SCORE)) for score in scores]
     if weights is None:
         return sum(logs) / len(logs)
     return sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from cedm_ray.granularity.curve_model import CurveModel, Posterior
-from cedm_ray.granularity.runs import Params, Run, Runs, scalar
+from cedm_ray.granularity.runs import Params, Run, Runs, mean_log_score
 
 SamplerName = Literal["gp", "tpe", "random"]
 MAX_REPEATS = 50
@@ -68,7 +68,7 @@ def observed(
     """
     places = {c: i for i, c in enumerate(candidates)}
     read = [
-        (places[run.num_clusters], runs.rungs_kimg.index(kimg), scalar(scores, weights))
+        (places[run.num_clusters], runs.rungs_kimg.index(kimg), mean_log_score(scores, weights))
         for run in runs
         if run.num_clusters in places
         for kimg, scores in run.readings.items()
@@ -194,7 +194,7 @@ def _trial(run: Run, total_kimg: int, space: Mapping[str, Any], weights: Sequenc
 
     if any(name not in run.params for name in space):
         return None
-    values = {kimg: scalar(scores, weights) for kimg, scores in run.readings.items()}
+    values = {kimg: mean_log_score(scores, weights) for kimg, scores in run.readings.items()}
     complete = total_kimg in values
     try:
         return optuna.trial.create_trial(

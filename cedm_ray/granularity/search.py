@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cedm_ray.granularity.curve_model import CurveModel
 from cedm_ray.granularity.rules import FittedChooser, RuleName, favourite, promotable, stopping_rung_passed
-from cedm_ray.granularity.runs import Leg, Params, Run, Runs, RunState, name_of, scalar
+from cedm_ray.granularity.runs import Leg, Params, Run, Runs, RunState, mean_log_score, name_of
 from cedm_ray.granularity.samplers import SamplerName, log_spaced, make_sampler
 
 Verdict = Literal["continue", "pause", "stop"]
@@ -198,12 +198,13 @@ class GranularitySearch:
             Whether it goes on, pauses (and may go on later), or stops for good.
         """
         run = self.runs[key]
-        before = [scalar(other.readings[kimg]) for other in self.runs if kimg in other.readings and other is not run]
+        others = [other for other in self.runs if kimg in other.readings and other is not run]
+        before = [mean_log_score(other.readings[kimg]) for other in others]
         run.readings[kimg] = tuple(scores)
         if kimg >= self.runs.total_kimg:
             run.state = "complete"
             return "continue"
-        if self.plan.rule == "asha" and not stopping_rung_passed(before, scalar(scores), self.plan.eta):
+        if self.plan.rule == "asha" and not stopping_rung_passed(before, mean_log_score(scores), self.plan.eta):
             run.state = "stopped"
             return "stop"
         if kimg < run.target_kimg:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cedm_ray.granularity.runs import Run, Runs, RunState, name_of, scalar
+from cedm_ray.granularity.runs import Run, Runs, RunState, mean_log_score, name_of
 
 RUNGS_KIMG = (10, 20, 40)
 
@@ -60,10 +60,11 @@ def test_the_next_rung_is_the_first_one_above_what_was_reached() -> None:
 
 def test_several_scores_become_the_logarithm_of_their_geometric_mean() -> None:
     scores = np.random.default_rng(0).uniform(0.1, 50, 5)
-    assert scalar(scores) == pytest.approx(math.log(stats.gmean(scores)))
+    assert mean_log_score(scores) == pytest.approx(math.log(stats.gmean(scores)))
     weights = [1.0, 2.0, 0.0, 4.0, 0.5]
-    assert scalar(scores, weights) == pytest.approx(math.log(stats.gmean(scores, weights=weights)))
-    assert scalar([3.0]) == scalar([3.0], [0.2]) == pytest.approx(math.log(3))
-    assert math.isfinite(scalar([0.0])) and math.isfinite(scalar([-1e-9]))  # a distance that rounding made so
+    assert mean_log_score(scores, weights) == pytest.approx(math.log(stats.gmean(scores, weights=weights)))
+    assert mean_log_score([3.0]) == mean_log_score([3.0], [0.2]) == pytest.approx(math.log(3))
+    for rounded in (0.0, -1e-9):  # a distance that rounding made so
+        assert mean_log_score([rounded]) == pytest.approx(math.log(1e-12))
     with pytest.raises(ValueError):
-        scalar([1.0, 2.0], [1.0])
+        mean_log_score([1.0, 2.0], [1.0])

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from cedm_ray.granularity.curve_model import CurveModel
-from cedm_ray.granularity.runs import Run, Runs, RunState, scalar
+from cedm_ray.granularity.runs import Run, Runs, RunState, mean_log_score
 from cedm_ray.granularity.samplers import (
     OptunaSampler,
     Sampler,
@@ -192,7 +192,7 @@ def test_optuna_takes_several_scores_by_their_weights() -> None:
     for weights, wanted in (((1.0, 0.0), 2), ((0.0, 1.0), 8)):
         study = OptunaSampler("tpe", 0).study(runs, CLUSTERS, weights)
         assert study.best_trial.params["num_clusters"] == wanted
-        assert study.best_value == pytest.approx(scalar(runs_scores(runs, wanted), weights))
+        assert study.best_value == pytest.approx(mean_log_score(runs_scores(runs, wanted), weights))
 
 
 def runs_scores(runs: Runs, num_clusters: int) -> tuple[float, ...]:
