@@ -74,6 +74,7 @@ class CurveModel:
     def __init__(self, num_clusters: Sequence[int], rungs_kimg: Sequence[int], retrain_spread: float = 0.015) -> None:
         u = np.log(np.asarray(num_clusters, dtype=np.float64))
         t = np.log(np.asarray(rungs_kimg, dtype=np.float64) / rungs_kimg[-1])
+        self.num_clusters = tuple(num_clusters)
         self.num_candidates, self.num_rungs = len(u), len(t)
         # One place per candidate and rung, rung by rung: the last block is the ends of training.
         self._places = np.arange(len(u) * len(t))

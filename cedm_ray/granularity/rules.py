@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from cedm_ray.granularity.curve_model import CurveModel
+from cedm_ray.granularity.posterior import posterior_of
 from cedm_ray.granularity.runs import Run, Runs, mean_log_score
-from cedm_ray.granularity.samplers import observed
 
 RuleName = Literal["fitted", "promotion", "asha", "none"]
 Proposal = tuple[int | Run, int]
@@ -73,7 +73,6 @@ class FittedChooser:
     def choose(
         self,
         runs: Runs,
-        candidates: Sequence[int],
         weights: Sequence[float],
         left_kimg: float,
         *,
@@ -83,12 +82,12 @@ class FittedChooser:
 
         Args:
             runs: All runs of the search.
-            candidates: Numbers of clusters of the model.
             weights: Of the objectives.
             left_kimg: What of the budget is neither spent nor promised, in thousands of images.
             may_start: Whether a new number of clusters may be started.
         """
-        posterior = observed(self._model, runs, candidates, weights)
+        candidates = self._model.num_clusters
+        posterior = posterior_of(self._model, runs, weights)
         places = {c: i for i, c in enumerate(candidates)}
         alive = [run for run in runs.in_state("running", "paused", "complete") if run.num_clusters in places]
         if posterior is None or not alive:

@@ -8,7 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from cedm_ray.granularity.curve_model import CurveModel, Posterior
+from cedm_ray.granularity.curve_model import CurveModel
+from cedm_ray.granularity.posterior import posterior_of
 from cedm_ray.granularity.runs import Params, Run, Runs, mean_log_score
 
 SamplerName = Literal["gp", "tpe", "random"]
@@ -53,46 +54,11 @@ def farthest(runs: Runs, candidates: Sequence[int]) -> int | None:
     return max(left, key=lambda c: min((abs(math.log(c / t)) for t in tried), default=0.0)) if left else None
 
 
-def observed(
-    model: CurveModel, runs: Runs, candidates: Sequence[int], weights: Sequence[float], *, expected: bool = True
-) -> Posterior | None:
-    """The posterior after everything that was read; None before the first reading.
-
-    Args:
-        model: Over the candidates and the rungs of the search.
-        runs: All runs.
-        candidates: Numbers of clusters of the model.
-        weights: Of the objectives.
-        expected: Take what running trainings are expected to read at their targets as read (Ginsbourger's believer):
-            two places are not given to the same question.
-    """
-    places = {c: i for i, c in enumerate(candidates)}
-    read = [
-        (places[run.num_clusters], runs.rungs_kimg.index(kimg), mean_log_score(scores, weights))
-        for run in runs
-        if run.num_clusters in places
-        for kimg, scores in run.readings.items()
-        if kimg in runs.rungs_kimg
-    ]
-    if not read:
-        return None
-    posterior = model.fit(*zip(*read, strict=True))
-    ahead = [
-        (places[run.num_clusters], runs.rungs_kimg.index(run.target_kimg))
-        for run in runs.in_state("running")
-        if run.num_clusters in places and run.target_kimg > run.reached_kimg
-    ]
-    if not ahead or not expected:
-        return posterior
-    read += [(candidate, rung, float(posterior.mean[rung, candidate])) for candidate, rung in ahead]
-    return model.fit(*zip(*read, strict=True))
-
-
 class GpSampler:
     """Draws one course of scores over C from the process and proposes where it is lowest (Thompson 1933).
 
     Args:
-        model: Over the candidates and rungs of the search.
+        model: Over the rungs of the search; knows every number of clusters that there is to choose from.
         seed: Of the draws.
     """
 
@@ -101,15 +67,15 @@ class GpSampler:
 
     def propose(self, runs: Runs, candidates: Sequence[int], weights: Sequence[float]) -> Params | None:
         tried = {run.num_clusters for run in runs}
-        if all(c in tried for c in candidates):
+        untried = [c for c in candidates if c not in tried]
+        if not untried:
             return None
-        posterior = observed(self._model, runs, candidates, weights)
+        posterior = posterior_of(self._model, runs, weights)
         if posterior is None:
-            fallback = farthest(runs, candidates)
-            return None if fallback is None else {"num_clusters": fallback}
+            return {"num_clusters": farthest(runs, candidates)}
         drawn = posterior.draw(np.random.default_rng([self._seed, len(runs)]))
-        untried = [i for i, c in enumerate(candidates) if c not in tried]
-        return {"num_clusters": candidates[min(untried, key=lambda i: drawn[i])]}
+        score = dict(zip(self._model.num_clusters, drawn.tolist(), strict=True))
+        return {"num_clusters": min(untried, key=lambda c: score[c])}
 
 
 class OptunaSampler:

@@ -131,9 +131,7 @@ class GranularitySearch:
             if params not in self.runs and not self._full():
                 return self._new(params)
         if self.plan.rule == "fitted":
-            proposal = self._chooser.choose(
-                self.runs, self.plan.candidates, self._weights(), self.left_kimg, may_start=not self._full()
-            )
+            proposal = self._chooser.choose(self.runs, self._weights(), self.left_kimg, may_start=not self._full())
             if proposal is None:
                 return None
             what, kimg = proposal

@@ -123,7 +123,7 @@ def choose(
 ) -> tuple[int, int, int] | None:
     """Number of clusters, kimg from and to."""
     chooser = FittedChooser(CurveModel(clusters, RUNGS_KIMG), tolerance)
-    found = chooser.choose(runs, clusters, (1.0,), left_kimg, may_start=may_start)
+    found = chooser.choose(runs, (1.0,), left_kimg, may_start=may_start)
     if found is None:
         return None
     what, kimg = found
@@ -237,5 +237,5 @@ def test_several_weights_look_for_different_ends_of_the_front() -> None:
         runs.add(Run({"num_clusters": num_clusters}, "paused", 1, {1: (low, high)}))
     chooser = FittedChooser(CurveModel(CLUSTERS, RUNGS_KIMG), 10.0)
     for weights, wanted in (((1.0, 0.01), 2), ((0.01, 1.0), 64)):
-        found = chooser.choose(runs, CLUSTERS, weights, 100)
+        found = chooser.choose(runs, weights, 100)
         assert found is not None and isinstance(found[0], Run) and found[0].num_clusters == wanted

@@ -17,7 +17,6 @@ from cedm_ray.granularity.samplers import (
     log_spaced,
     make_sampler,
     nearest,
-    observed,
 )
 
 RUNGS_KIMG = (1, 2, 4)
@@ -203,28 +202,6 @@ def test_a_single_candidate_can_be_sampled() -> None:
     for name in NAMES:
         assert sampler(name, (6,)).propose(Runs(RUNGS_KIMG), (6,), (1.0,)) == {"num_clusters": 6}
         assert sampler(name, (6,)).propose(runs_of(6), (6,), (1.0,)) is None
-
-
-def test_the_posterior_takes_in_what_was_read_and_what_running_trainings_are_expected_to_read() -> None:
-    model = CurveModel(CLUSTERS, RUNGS_KIMG)
-    runs = runs_of(3, 22, 77)  # 77 is no candidate, and 3 kimg below no rung
-    runs.add(Run({"num_clusters": 60}, "paused", 2, {1: (score(60, 1),), 2: (score(60, 2),), 3: (99.0,)}))
-    read = [(CLUSTERS.index(c), r, math.log(score(c, k))) for c in (3, 22, 60) for r, k in enumerate(RUNGS_KIMG)][:-1]
-    wanted = model.fit(*zip(*read, strict=True))
-    plain = observed(model, runs, CLUSTERS, (1.0,))
-    assert (
-        plain is not None
-        and plain.mean == pytest.approx(wanted.mean)
-        and observed(model, Runs((1,)), CLUSTERS, (1.0,)) is None
-    )
-    runs.add(Run({"num_clusters": 8}, "running", 2))
-    without = observed(model, runs, CLUSTERS, (1.0,), expected=False)
-    believed = observed(model, runs, CLUSTERS, (1.0,))
-    assert without is not None and believed is not None
-    assert without.mean == pytest.approx(wanted.mean) and without.joint == pytest.approx(wanted.joint)
-    place = 1, CLUSTERS.index(8)
-    assert believed.mean[place] == pytest.approx(wanted.mean[place], abs=0.01)
-    assert believed.variance[place] < 0.6 * wanted.variance[place]
 
 
 def test_the_process_searches_over_c_alone() -> None:
