@@ -27,6 +27,18 @@ DRIFT = 1.5
 """Over which difference in ln(kimg) what is no such power law, and the luck of one training, stay alike."""
 SMOOTHER = 1.5
 """The course of training stays alike over so many times the difference in ln C over which scores do."""
+SLOPE = 0.4
+"""Unit of the slope of ln(score) over ln(kimg) at the end of training."""
+COMMON_SLOPE = 0.5
+"""Slope that all C have in common: standard deviation, in units of SLOPE."""
+COMMON_DRIFT = 0.05
+"""What of the course that all C have in common is no power law: standard deviation of ln(score)."""
+OWN_DRIFT = 0.3
+"""What of a C's own course is no power law: standard deviation of ln(score), as a multiple of tilt times amplitude."""
+NOISE_SPREAD = 0.7
+"""How far the spread of retraining may be from the one that is given: standard deviation of its logarithm."""
+NOISE_OVER_SETS = 3
+"""Retrainings scatter so many times as far as sets of images of one training do."""
 UNLIKELY = 0.003
 """Weight up to which a hypothesis is left out."""
 _NODES = np.linspace(-6, 6, 241)
@@ -48,7 +60,7 @@ class Hypothesis:
     @property
     def sampling_noise(self) -> float:
         """Standard deviation of ln(score) over sets of generated images."""
-        return self.noise / 3
+        return self.noise / NOISE_OVER_SETS
 
 
 def matern52(distance: Array, length: float) -> Array:
@@ -89,7 +101,7 @@ class CurveModel:
             for length, amplitude, tilt, exponent, noise in product(LENGTHS, AMPLITUDES, TILTS, EXPONENTS, NOISES)
         ]
         # Spreads far from the expected one are taken up only when the readings ask for them.
-        self._log_prior = [-0.5 * (np.log(h.noise / retrain_spread) / 0.7) ** 2 for h in self._hypotheses]
+        self._log_prior = [-0.5 * (np.log(h.noise / retrain_spread) / NOISE_SPREAD) ** 2 for h in self._hypotheses]
 
     def _covariance(self, a: Places, b: Places) -> Callable[[Hypothesis], Array]:
         """Prior covariance of places, the luck of each training included, that of the sets of images not.
@@ -103,15 +115,15 @@ class CurveModel:
         (rung_a, candidate_a), (rung_b, candidate_b) = divmod(a, self.num_candidates), divmod(b, self.num_candidates)
         same, drift = candidate_a == candidate_b, self._drift[rung_a, rung_b]
         alike = {length: table[candidate_a, candidate_b] for length, table in self._alike.items()}
-        falls = {exponent: 0.4**2 * table[rung_a, rung_b] for exponent, table in self._falls.items()}
+        falls = {exponent: SLOPE**2 * table[rung_a, rung_b] for exponent, table in self._falls.items()}
 
         def under(h: Hypothesis) -> Array:
             fall = falls[h.exponent]
-            deviation = (h.tilt * h.amplitude) ** 2 * (fall + 0.3**2 * drift)
+            deviation = (h.tilt * h.amplitude) ** 2 * (fall + OWN_DRIFT**2 * drift)
             return np.asarray(
                 1.0
-                + 0.25 * fall
-                + 0.05**2 * drift
+                + COMMON_SLOPE**2 * fall
+                + COMMON_DRIFT**2 * drift
                 + h.amplitude**2 * alike[h.length, 1]
                 + alike[h.length, SMOOTHER] * deviation
                 + h.noise**2 * same * drift
