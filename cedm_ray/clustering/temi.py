@@ -32,8 +32,6 @@ class TemiProgress:
     """Epochs to do."""
     loss: float
     """Loss of the epoch, averaged over steps and heads."""
-    best_loss: float
-    """Loss of the epoch of the best head, averaged over steps."""
     best_head: int
     """Head with the lowest loss in the epoch."""
     lr: float
@@ -113,10 +111,7 @@ class TemiTrainer:
             losses = self._head_losses()
             if not bool(torch.isfinite(losses).all()):
                 raise FloatingPointError(f"the TEMI loss is not finite in epoch {self._epoch}; try a lower lr")
-            best_head = int(losses.argmin())
-            yield TemiProgress(
-                self._epoch, self.settings.epochs, float(losses.mean()), float(losses[best_head]), best_head, lr
-            )
+            yield TemiProgress(self._epoch, self.settings.epochs, float(losses.mean()), int(losses.argmin()), lr)
 
     def draw_rows(self) -> Tensor:
         """Draw the batches of an epoch: every image once, in a new order, and a neighbour of each.

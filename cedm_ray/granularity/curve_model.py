@@ -199,11 +199,6 @@ class Posterior:
         """Expected ln(score) at the end of training, shape ``(M,)``."""
         return np.asarray(self.mean[-1])
 
-    @property
-    def final_deviation(self) -> Array:
-        """Standard deviation of it, shape ``(M,)``."""
-        return np.sqrt(np.maximum(np.diagonal(self.joint[:, -1]), 0))
-
     def gain(self, candidate: int, rung: int) -> float:
         """How much lower the lowest expected final ln(score) is expected to be after one more reading.
 
