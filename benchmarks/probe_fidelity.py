@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from record import arguments, end
 
 from cedm_ray.clustering.quality import utilization_ratio
-from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
+from cedm_ray.clustering.temi import TemiTrainer
+from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.features.neighbors import knn
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)

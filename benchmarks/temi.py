@@ -27,8 +27,9 @@ from record import arguments, end
 from torch import Tensor, nn
 
 from cedm_ray.clustering.heads import Heads
-from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
+from cedm_ray.clustering.temi import TemiTrainer
 from cedm_ray.clustering.temi_precision import fast_matmul
+from cedm_ray.clustering.temi_settings import TemiSettings
 
 LR = 1e-4
 

@@ -19,7 +19,7 @@ from cedm_ray.clustering.temi_precision import fast_matmul
 from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.clustering.types import Clustering, make_clustering
 
-__all__ = ["TemiProgress", "TemiSettings", "TemiTrainer", "fit_temi"]
+__all__ = ["TemiProgress", "TemiTrainer", "fit_temi"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, HEAD_FILE, MOSAIC
 from cedm_ray.clustering.head_file import TemiHead, save_head
 from cedm_ray.clustering.kmeans import fit_kmeans
 from cedm_ray.clustering.labels import from_labels
-from cedm_ray.clustering.temi import TemiSettings, TemiTrainer
+from cedm_ray.clustering.temi import TemiTrainer
+from cedm_ray.clustering.temi_settings import TemiSettings
 from cedm_ray.clustering.types import Clustering
 from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
