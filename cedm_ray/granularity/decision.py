@@ -44,7 +44,7 @@ class TieSet:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _ScoresOfC:
     """All trainings of one C: their scores, each a mean over its sets, and their numbers of sets."""
 
     scores: tuple[float, ...]
@@ -83,16 +83,16 @@ def tie_set(trained: Sequence[Trained], *, retrain_spread: float = 0.015, confid
         ValueError: If there is no training, a score is not finite and above 0, or another argument is out of its range.
     """
     _check(trained, retrain_spread, confidence)
-    measured = _measured(trained)
+    by_clusters = _by_clusters(trained)
     sampling = _sampling_spread(trained)
-    retrain = _retrain_spread(measured.values(), retrain_spread, sampling or 0.0)
-    best = min(measured, key=lambda c: (measured[c].score, c))
-    low = measured[best].score
-    variances = {c: each.variance(retrain, sampling or 0.0) for c, each in measured.items()}
+    retrain = _retrain_spread(by_clusters.values(), retrain_spread, sampling or 0.0)
+    best = min(by_clusters, key=lambda c: (by_clusters[c].score, c))
+    low = by_clusters[best].score
+    variances = {c: each.variance(retrain, sampling or 0.0) for c, each in by_clusters.items()}
     z = statistics.NormalDist().inv_cdf(confidence)
-    ties = [c for c in measured if measured[c].score <= low * (1 + z * math.sqrt(variances[c] + variances[best]))]
+    ties = [c for c in by_clusters if by_clusters[c].score <= low * (1 + z * math.sqrt(variances[c] + variances[best]))]
     # A training with as many sets as one of the best C has on average.
-    once = retrain**2 + (sampling or 0.0) ** 2 * statistics.fmean(1 / each for each in measured[best].sets)
+    once = retrain**2 + (sampling or 0.0) ** 2 * statistics.fmean(1 / each for each in by_clusters[best].sets)
     return TieSet(
         best=best,
         clusters=tuple(sorted(ties)),
@@ -118,12 +118,12 @@ def _check(trained: Sequence[Trained], retrain_spread: float, confidence: float)
         raise ValueError(f"confidence is {confidence}; it must lie in (0.5, 1)")
 
 
-def _measured(trained: Sequence[Trained]) -> dict[int, _Measured]:
+def _by_clusters(trained: Sequence[Trained]) -> dict[int, _ScoresOfC]:
     by_clusters: dict[int, list[Trained]] = defaultdict(list)
     for each in trained:
         by_clusters[each.num_clusters].append(each)
     return {
-        c: _Measured(
+        c: _ScoresOfC(
             tuple(statistics.fmean(one.scores) for one in all_of_c), tuple(len(one.scores) for one in all_of_c)
         )
         for c, all_of_c in by_clusters.items()
@@ -138,8 +138,8 @@ def _sampling_spread(trained: Sequence[Trained]) -> float | None:
     return math.sqrt(squares / sum(len(scores) - 1 for scores in repeated))
 
 
-def _retrain_spread(measured: Iterable[_Measured], given: float, sampling: float) -> float:
-    repeated = [each for each in measured if len(each.scores) >= 2]
+def _retrain_spread(every_c: Iterable[_ScoresOfC], given: float, sampling: float) -> float:
+    repeated = [each for each in every_c if len(each.scores) >= 2]
     freedom = sum(len(each.scores) - 1 for each in repeated)
     if freedom < PRIOR_FREEDOM:
         return given
