@@ -76,7 +76,7 @@ class GranularitySearch:
     @property
     def done(self) -> bool:
         """Whether nothing more will be asked for, and nothing is running."""
-        return self._ended and not self.runs.in_state("running")
+        return self._ended
 
     def recall(
         self,
