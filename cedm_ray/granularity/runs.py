@@ -87,11 +87,12 @@ class Runs:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def __contains__(self, params: Params) -> bool:
-        return name_of(params) in self._runs
-
     def __getitem__(self, key: str) -> Run:
         return self._runs[key]
+
+    def holds(self, params: Params) -> bool:
+        """Whether one of the trainings has these parameters."""
+        return name_of(params) in self._runs
 
     def add(self, run: Run) -> str:
         """Take a run in; returns its key."""

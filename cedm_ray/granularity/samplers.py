@@ -94,7 +94,7 @@ class OptunaSampler:
         self._kind, self._seed, self._space = kind, seed, dict(space or {})
 
     def propose(self, runs: Runs, candidates: Sequence[int], weights: Sequence[float]) -> Params | None:
-        if not self._space and all({"num_clusters": c} in runs for c in candidates):
+        if not self._space and all(runs.holds({"num_clusters": c}) for c in candidates):
             return None  # known without fifty proposals, each of which takes TPE milliseconds
         found = self._unknown(self.study(runs, candidates, weights), runs, candidates, MAX_REPEATS)
         if found is not None:
@@ -111,7 +111,7 @@ class OptunaSampler:
         for _ in range(repeats):
             trial = study.ask(space)
             params = {**trial.params, "num_clusters": nearest(candidates, trial.params["num_clusters"])}
-            if params not in runs:
+            if not runs.holds(params):
                 return params
             # Known already: asked again, it costs nothing. Its values are in the study.
             study.tell(trial, state=_states().FAIL)

@@ -128,7 +128,7 @@ class GranularitySearch:
     def _next(self) -> Leg | None:
         for num_clusters in self._design:
             params = {"num_clusters": num_clusters, **self._defaults}
-            if params not in self.runs and not self._full():
+            if not self.runs.holds(params) and not self._full():
                 return self._new(params)
         if self.plan.rule == "fitted":
             proposal = self._chooser.choose(self.runs, self._weights(), self.left_kimg, may_start=not self._full())

@@ -33,7 +33,8 @@ def test_runs_are_found_by_key_and_by_parameters_in_the_order_in_which_they_star
     keys = [runs.add(run(c, "paused", 10, 10)) for c in (30, 4, 9)]
     assert [each.num_clusters for each in runs] == [30, 4, 9] and len(runs) == 3
     assert [runs[key].num_clusters for key in keys] == [30, 4, 9]
-    assert {"num_clusters": 9} in runs and {"num_clusters": 5} not in runs and {"num_clusters": 9, "x": 1} not in runs
+    assert runs.holds({"num_clusters": 9})
+    assert not runs.holds({"num_clusters": 5}) and not runs.holds({"num_clusters": 9, "x": 1})
     runs.add(run(4, "complete", 40, 10, 20, 40))
     assert [each.num_clusters for each in runs.in_state("paused")] == [30, 9]
     assert [each.num_clusters for each in runs.in_state("complete", "paused")] == [30, 4, 9]

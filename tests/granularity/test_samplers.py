@@ -81,7 +81,7 @@ def test_no_proposal_is_known_until_all_are_tried_and_then_there_is_none(name: S
     propose = sampler(name)
     runs, found = runs_of(22), [22]
     while (params := propose.propose(runs, CLUSTERS, (1.0,))) is not None:
-        assert params not in runs and set(params) == {"num_clusters"}
+        assert not runs.holds(params) and set(params) == {"num_clusters"}
         found.append(params["num_clusters"])
         runs.add(next(iter(runs_of(found[-1]))))
     assert sorted(found) == list(CLUSTERS)
@@ -154,7 +154,7 @@ def test_other_parameters_are_drawn_from_their_own_space(kind: Literal["tpe", "r
     propose, found = OptunaSampler(kind, 3, SPACE), []
     for _ in range(25):
         params = propose.propose(runs, CLUSTERS, (1.0,))
-        assert params is not None and params not in runs
+        assert params is not None and not runs.holds(params)
         assert set(params) == {"num_clusters", *SPACE} and params["num_clusters"] in CLUSTERS
         assert 0 <= params["diffusion.dropout"] <= 0.3 and params["diffusion.augment"] in (True, False)
         found.append(params)
@@ -169,7 +169,7 @@ def test_a_small_space_is_used_up_without_a_repeat(kind: Literal["tpe", "random"
     propose = OptunaSampler(kind, 0, {"diffusion.augment": SPACE["diffusion.augment"]})
     runs = Runs(RUNGS_KIMG)
     while (params := propose.propose(runs, (2, 5), (1.0,))) is not None:
-        assert params not in runs
+        assert not runs.holds(params)
         runs.add(Run(params, "complete", 4, {4: (score(params["num_clusters"]),)}))
     assert len(runs) == 4
 
