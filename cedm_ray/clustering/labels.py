@@ -1,4 +1,4 @@
-"""Groups that were given, not learned: the classes of a labelled dataset, or assignments from a file."""
+"""Groups that were given, not learned: the classes of a labelled dataset."""
 
 import numpy as np
 

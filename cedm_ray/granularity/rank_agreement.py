@@ -61,7 +61,7 @@ def rank_agreement(readings: Mapping[Hashable, Mapping[int, float]], rungs: Iter
 
 
 def disagreement(agreements: Sequence[RankAgreement], least: float = 0.5) -> RankAgreement | None:
-    """The earlier rung that ranks runs least as the highest rung does, if their correlation is below ``least``."""
+    """The earlier rung whose ranking is least like the highest rung's, if their correlation is below ``least``."""
     highest = max((each.high_kimg for each in agreements), default=0)
     worst = min(
         (each for each in agreements if each.high_kimg == highest), key=lambda each: each.spearman, default=None
