@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context
 
@@ -35,7 +36,7 @@ class Workload:
     num_baselines: int
     """Trainings that are always made."""
     num_confirmed: int
-    """Retrainings that are set aside for."""
+    """Retrainings for which images are set aside."""
     final_kimg: int
     """From the end of the best training to its full budget."""
     share: float
@@ -113,23 +114,49 @@ def check_budget(work: Workload, limits: Limits, speed: Speed | None) -> None:
     one = work.total_kimg if work.grid_points else 0
     if search_kimg(work, limits, speed) >= one:
         return
-    least = one + work.around_kimg
-    needs: list[tuple[str, float | None, float, str, str]] = [("mimg", limits.mimg, least / 1000, "see", " Mimg")]
-    if speed is not None:
-        at = f" hours at {speed.images_per_s:,.0f} images/s"
-        wall = RESERVE * speed.wall_hours(least - work.final_kimg, work.final_kimg)
-        needs += [
-            ("gpu_hours", limits.device_hours, RESERVE * speed.device_hours(least), "take about", at),
-            ("wall_hours", limits.wall_hours, wall, "take about", at),
-        ]
     # The limit that is missed by most is named, so that rounding does not decide which ones are missed.
-    short = [(need / given, name, given, need, verb, at) for name, given, need, verb, at in needs if given is not None]
-    _, name, given, need, verb, at = max(short)
+    needs = _needs(one + work.around_kimg, work.final_kimg, limits, speed)
+    worst = max(needs, key=lambda need: (need.share, need.limit))
     subject = "one training and what stands around it" if one else "the trainings"
     raise UserError(
-        f"budget.{name} is {given:g}; {subject} {verb} {_rounded_up(need)}{at}: raise it, "
+        f"budget.{worst.limit} is {worst.given:g}; {subject} {worst.words()}: raise it, "
         f"or lower final.total_kimg or granularity.total_kimg, or give --granularity.no-baselines"
     )
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What is needed of something that has a limit."""
+
+    limit: str
+    """Its setting."""
+    given: float
+    least: float
+    """What is needed, in the unit of the limit."""
+    verb: str
+    unit: str
+
+    @property
+    def share(self) -> float:
+        """Of the limit; above 1 where it is missed."""
+        return self.least / self.given
+
+    def words(self) -> str:
+        return f"{self.verb} {_rounded_up(self.least)} {self.unit}"
+
+
+def _needs(kimg: float, alone_kimg: float, limits: Limits, speed: Speed | None) -> Iterator[_Need]:
+    """For each limit that is given and can be compared; ``alone_kimg`` of all images are seen by one training alone."""
+    if limits.mimg is not None:
+        yield _Need("mimg", limits.mimg, kimg / 1000, "see", "Mimg")
+    if speed is None:
+        return
+    unit = f"hours at {speed.images_per_s:,.0f} images/s"
+    if limits.device_hours is not None:
+        yield _Need("gpu_hours", limits.device_hours, RESERVE * speed.device_hours(kimg), "take about", unit)
+    if limits.wall_hours is not None:
+        hours = RESERVE * speed.wall_hours(kimg - alone_kimg, alone_kimg)
+        yield _Need("wall_hours", limits.wall_hours, hours, "take about", unit)
 
 
 def _rounded_up(value: float) -> str:
