@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from cedm_ray.clustering.quality import Assignments, kl_from_uniform, num_used
+from cedm_ray.clustering.quality import Assignments, integer_array, kl_from_uniform, num_used
 from cedm_ray.clustering.types import Clustering
 
 
@@ -114,11 +113,7 @@ def _pair(labels: Assignments, assignments: Assignments) -> tuple[NDArray[Any], 
 
 
 def _checked(values: Assignments, name: str) -> NDArray[Any]:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} are {array.shape} {array.dtype}; they must be (N,), integers")
-    if array.size == 0:
-        raise ValueError(f"{name} are empty; at least one image is needed")
+    array = integer_array(values, name)
     if array.min() < 0:
         raise ValueError(f"{name} hold {array.min()}; they must be at least 0: leave out images without a label")
     return array

@@ -1,8 +1,6 @@
 """Groups that were given, not learned: the classes of a labelled dataset."""
 
-import numpy as np
-
-from cedm_ray.clustering.quality import Assignments
+from cedm_ray.clustering.quality import Assignments, as_array
 from cedm_ray.clustering.types import Clustering, make_clustering
 
 
@@ -19,5 +17,4 @@ def from_labels(labels: Assignments, num_classes: int) -> Clustering:
     Raises:
         ValueError: If there is no label or a label lies outside ``[0, num_classes)``.
     """
-    values = labels if isinstance(labels, np.ndarray) else labels.detach().cpu().numpy()
-    return make_clustering(values, num_classes)
+    return make_clustering(as_array(labels), num_classes)

@@ -91,15 +91,34 @@ def kl_from_uniform(cluster_probs: NDArray[np.floating[Any]]) -> float:
     return max(float(np.sum(held * np.log(held * probs.size))), 0.0)
 
 
+def as_array(values: Assignments) -> NDArray[Any]:
+    """The values on the CPU, whatever held them; not copied where they are an array or a tensor there."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def integer_array(values: Assignments, name: str) -> NDArray[Any]:
+    """One integer for each image, shape ``(N,)``.
+
+    Args:
+        values: Assignments or labels.
+        name: What a message calls them.
+
+    Raises:
+        ValueError: If they are anything else, or none.
+    """
+    array = as_array(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} are {array.shape} {array.dtype}; they must be (N,), integers")
+    if array.size == 0:
+        raise ValueError(f"{name} are empty; at least one image is needed")
+    return array
+
+
 def _counts(assignments: Assignments, num_clusters: int) -> NDArray[np.int64]:
     """Images per cluster, shape ``(C,)``."""
     if num_clusters < 1:
         raise ValueError(f"num_clusters is {num_clusters}; it must be at least 1")
-    values = assignments.detach().cpu().numpy() if isinstance(assignments, Tensor) else np.asarray(assignments)
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"assignments are {values.shape} {values.dtype}; they must be (N,), integers")
-    if values.size == 0:
-        raise ValueError("assignments are empty; at least one image is needed")
+    values = integer_array(assignments, "assignments")
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= num_clusters:
         raise ValueError(f"assignments reach from {low} to {high}; they must lie in [0, {num_clusters})")
