@@ -85,7 +85,7 @@ class UpperBoundSearch:
         return [Reading(probe, ratio) for probe, ratio in self._readings.items()]
 
     @property
-    def interval(self) -> tuple[int, int | None]:
+    def interval(self) -> tuple[int, int]:
         """The central interval that holds C_max with probability ``confidence``, within ``[2, max_clusters]``."""
         tail = (1 - self.confidence) / 2
         lower, upper = np.exp(self._full.quantiles(np.array([tail, 1 - tail]))).clip(2, self.max_clusters)
@@ -102,7 +102,7 @@ class UpperBoundSearch:
         """
         count = len(self._told("full"))
         lower, upper = self.interval
-        if count == 0 or upper is None:
+        if count == 0:
             return "searching"
         if upper == 2:
             return "empty"
