@@ -38,7 +38,7 @@ class TrainState:
     nimg: int
     """Images seen so far, over all processes."""
     scaler: torch.amp.GradScaler | None = None
-    """Scale of the loss, once fp16 is trained in."""
+    """Scale of the loss while fp16 is trained in."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ def _steps(
     batch = settings.total_batch
     local = local_batch(batch, world_size)
     lay_out(state, channels_last=compute.channels_last)
-    if compute.precision == "fp16" and state.scaler is None:
+    if compute.precision != "fp16":
+        state.scaler = None  # of an earlier leg: it would leave steps out in place of cleaning their gradients
+    elif state.scaler is None:
         state.scaler = torch.amp.GradScaler(net_device(state.net).type, init_scale=INIT_SCALE)
     passes = Passes(state.net, compute, local, settings.sigma_data)
     filters = Filters.of(state.net.img_resolution, state.net.img_resolution, net_device(state.net))

@@ -151,6 +151,27 @@ def test_a_step_that_overflows_fp16_is_left_out_and_the_scale_lowered(digits: Re
     assert state.scaler.get_scale() == 2.0**39
 
 
+def test_a_run_that_leaves_fp16_leaves_its_scale_and_cleans_gradients_again(
+    digits: ResidentImages, tmp_path: Path
+) -> None:
+    first = start()
+    curve(digits, Compute("fp16"), 2, first)
+    save_state(first, tmp_path / "state.safetensors")
+    losses, biases = [], []
+    for scaled in (True, False):
+        state = start()
+        load_state(state, tmp_path / "state.safetensors")
+        if not scaled:
+            state.scaler = None
+        last = state.net.model.out_conv
+        last.bias.register_hook(lambda grad: torch.full_like(grad, torch.inf))
+        losses.append(curve(digits, Compute(), 3, state))
+        biases.append(last.bias.detach())
+        assert state.scaler is None
+    assert torch.equal(*losses) and torch.equal(*biases)
+    assert not torch.equal(biases[0], first.net.model.out_conv.bias)
+
+
 # ---- compilation
 
 
