@@ -62,9 +62,11 @@ def decide(settings: ComputeSettings, device: torch.device) -> Compute:
     """
     on_gpu = device.type == "cuda"
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    if "bf16" in (settings.precision, settings.sample_precision) and not has_bf16:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"precision is bf16, which {name} does not compute; take --compute.precision fp16 or float32")
+    for name in ("precision", "sample_precision"):
+        if getattr(settings, name) == "bf16" and not has_bf16:
+            flag = f"--compute.{name.replace('_', '-')}"
+            gpu = torch.cuda.get_device_name(device)
+            raise UserError(f"{name} is bf16, which {gpu} does not compute; take {flag} fp16 or float32")
     best: Precision = "float32" if not on_gpu else "bf16" if has_bf16 else "fp16"
     best_sampling: Precision = "fp16" if on_gpu else "float32"
     return Compute(

@@ -300,8 +300,10 @@ def test_a_gpu_without_bf16_trains_in_fp16_and_refuses_bf16(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert decide(ComputeSettings(), gpu) == Compute("fp16", "fp16", channels_last=True, compile=True)
-    with pytest.raises(UserError, match=r"precision is bf16, which Tesla V100 .* fp16 or float32"):
-        decide(ComputeSettings("bf16"), gpu)
+    for name, flag in (("precision", "precision"), ("sample_precision", "sample-precision")):
+        said = rf"^{name} is bf16, which Tesla V100 does not compute; take --compute\.{flag} fp16 or float32$"
+        with pytest.raises(UserError, match=said):
+            decide(ComputeSettings(**{name: "bf16"}), gpu)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert decide(ComputeSettings(), gpu).precision == "bf16"
 
