@@ -53,31 +53,31 @@ def load_state(state: TrainState, path: Path) -> None:
         path: File from `save_state`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no training state, or one of another network.
+        OSError: If it cannot be read.
+        SafetensorError: If it is no such file, or is cut off.
+        ValueError: If it is no training state, or one of another network.
     """
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}; a training state has {FORMAT!r}")
+        nimg = _nimg(file.metadata(), path, FORMAT)
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     own = {name: tensor for name, tensor in _tensors(state).items() if not name.startswith("scaler.")}
     slots = {f"{kind}.{name}": parameter for name, parameter in state.net.named_parameters()
              for kind in ("adam.exp_avg", "adam.exp_avg_sq")}  # fmt: skip
     steps = {f"adam.step.{name}": torch.zeros(()) for name, _ in state.net.named_parameters()}
-    scale = {name: saved.pop(name) for name in list(saved) if name.startswith("scaler.")}
-    started = any(name.startswith("adam.") for name in saved)
+    scales = {f"scaler.{name}": torch.zeros(()) for name in _SCALER_FACTS}
+    started, scaled = (any(name.startswith(kind) for name in saved) for kind in ("adam.", "scaler."))
     needed = {name: tensor for name, tensor in own.items() if not name.startswith("adam.")}
     needed |= {**slots, **steps} if started else {}
+    needed |= scales if scaled else {}
     _check_fit(path, saved, needed)
+    scaler = _scaler(saved, net_device(state.net)) if scaled else None
 
     with torch.no_grad():
         for name, tensor in own.items():
             if not name.startswith("adam."):
                 tensor.copy_(saved[name])
     _load_adam(state, saved if started else {})
-    state.scaler = _scaler(scale, net_device(state.net)) if scale else None
-    state.nimg = int(metadata["nimg"])
+    state.scaler, state.nimg = scaler, nimg
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
@@ -133,12 +133,13 @@ def read_ema(path: Path) -> tuple[dict[str, Tensor], int]:
 
     Raises:
         OSError: If it cannot be read.
-        SafetensorError: If it is no such file.
+        SafetensorError: If it is no such file, or is cut off.
+        ValueError: If it holds something else.
     """
     with safe_open(path, framework="pt") as file:
+        nimg = _nimg(file.metadata(), path, FORMAT, AVERAGED_FORMAT)
         names = [name for name in file.keys() if name.startswith("ema.")]  # noqa: SIM118  not a dict
-        tensors = {name.removeprefix("ema."): file.get_tensor(name) for name in names}
-        return tensors, int(file.metadata()["nimg"])
+        return {name.removeprefix("ema."): file.get_tensor(name) for name in names}, nimg
 
 
 def read_nimg(path: Path) -> int:
@@ -153,7 +154,15 @@ def read_nimg(path: Path) -> int:
         ValueError: If it holds something else.
     """
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"it has format {metadata.get('format')!r}; a training state has {FORMAT!r}")
-    return int(metadata["nimg"])
+        return _nimg(file.metadata(), path, FORMAT)
+
+
+def _nimg(metadata: dict[str, str] | None, path: Path, *formats: str) -> int:
+    """The images seen, by the header of a file of one of these formats."""
+    facts = metadata or {}
+    if facts.get("format") not in formats:
+        raise ValueError(f"{path.name} has format {facts.get('format')!r}; {' or '.join(map(repr, formats))} is due")
+    nimg = facts.get("nimg", "")
+    if not nimg.isdecimal():
+        raise ValueError(f"{path.name} has nimg {nimg!r} in its header; a whole number, at least 0, is due")
+    return int(nimg)

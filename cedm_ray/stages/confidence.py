@@ -142,7 +142,7 @@ def _unconditional_net(given: Unconditional, like: EDMPrecond, device: torch.dev
     settings, path = given.diffusion, weights_file(given.checkpoint)
     try:
         state, _ = read_ema(path)
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"unconditional model {path} cannot be read ({error}); remove its trial's folder and run the search again"
         ) from error

@@ -1,9 +1,10 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, read_ema, read_nimg, save_ema, save_state
@@ -42,13 +43,47 @@ def test_the_images_seen_are_told_of_a_run_and_of_nothing_else(tmp_path: Path) -
     save_ema(*read_ema(run), averaged)
     save_file({"a": torch.zeros(1)}, other)
     for file, kind in ((averaged, "'cedm_ray.diffusion.averaged/1'"), (other, "None")):
-        with pytest.raises(ValueError, match=f"it has format {kind}; a training state has"):
-            read_nimg(file)
-        with pytest.raises(ValueError, match=f"{file.name} has format {kind}; a training state has"):
-            load_state(start(), file)
+        said = f"{file.name} has format {kind}; 'cedm_ray.diffusion.train_state/1' is due"
+        for read in (read_nimg, partial(load_state, start())):
+            with pytest.raises(ValueError, match=said):
+                read(file)
+    with pytest.raises(ValueError, match=r"other\.safetensors has format None; '.*train_state/1' or '.*averaged/1' is"):
+        read_ema(other)
     run.write_bytes(run.read_bytes()[:-1])
     with pytest.raises(SafetensorError):
         read_nimg(run)
+
+
+@pytest.mark.parametrize("nimg", [None, "", "-8", "8.5", "many"])
+def test_a_header_without_the_images_seen_is_refused_and_changes_nothing(nimg: str | None, tmp_path: Path) -> None:
+    saved, state = start(), start()
+    with torch.no_grad():
+        saved.net.model.out_conv.bias.fill_(7)
+    path = tmp_path / "run.safetensors"
+    save_state(saved, path)
+    header = {"format": "cedm_ray.diffusion.train_state/1"} | ({} if nimg is None else {"nimg": nimg})
+    save_file(load_file(path), path, metadata=header)
+    for read in (read_nimg, read_ema, partial(load_state, state)):
+        with pytest.raises(ValueError, match=f"run.safetensors has nimg '{nimg or ''}' in its header; a whole number"):
+            read(path)
+    assert state.nimg == 12_345 and not state.net.model.out_conv.bias.any()
+
+
+ONE = torch.ones(())
+
+
+@pytest.mark.parametrize("scale", [{"scale": ONE}, {"scale": torch.ones(2), "_growth_tracker": ONE}])
+def test_a_damaged_scale_is_refused_and_changes_nothing(scale: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    saved, state = start(), start()
+    with torch.no_grad():
+        saved.net.model.out_conv.bias.fill_(7)
+    path = tmp_path / "run.safetensors"
+    save_state(saved, path)
+    tensors = load_file(path) | {f"scaler.{name}": value for name, value in scale.items()}
+    save_file(tensors, path, metadata={"format": "cedm_ray.diffusion.train_state/1", "nimg": "8"})
+    with pytest.raises(ValueError, match=r"scaler\._growth_tracker|scaler\.scale \(2,\) instead of \(\)"):
+        load_state(state, path)
+    assert state.nimg == 12_345 and state.scaler is None and not state.net.model.out_conv.bias.any()
 
 
 def test_a_disk_that_fills_leaves_the_older_file_and_no_rubbish(
