@@ -134,15 +134,6 @@ def test_the_precision_is_that_of_the_products_and_of_nothing_else(precision: Pr
     assert net.seen == [(torch.float32, torch.float32, dtype)] * 5
 
 
-def test_without_a_precision_the_images_are_those_of_float32_bit_for_bit() -> None:
-    net, latents = network().eval(), torch.randn(3, 1, 8, 8)
-    clusters = torch.tensor([0, 2, 3])
-    plain = heun_sample(net, latents, clusters, 4)
-    assert torch.equal(plain, heun_sample(net, latents, clusters, 4, precision="float32"))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
-        assert torch.equal(plain, heun_sample(net, latents, clusters, 4))
-
-
 @pytest.mark.parametrize("precision, rounding", [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_half_precision_moves_images_by_the_rounding_of_its_numbers(precision: Precision, rounding: float) -> None:
     net, latents, clusters = network(0.1).eval(), torch.randn(8, 1, 8, 8), torch.arange(8) % 5
