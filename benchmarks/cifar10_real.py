@@ -42,7 +42,8 @@ from cedm_ray.diffusion.model_file import FACTS_FILE, FORMAT, WEIGHTS_FILE
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, save_state
-from cedm_ray.diffusion.train import TrainState, new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import TrainState, new_state
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.frechet import FeatureSums

@@ -33,7 +33,8 @@ from cedm_ray.diffusion.model_file import load_model
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
-from cedm_ray.diffusion.train import new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
 from cedm_ray.metrics.inception import InceptionDetector, load_inception
 

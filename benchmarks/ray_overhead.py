@@ -41,7 +41,8 @@ from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import build_net
 from cedm_ray.diffusion.state_io import save_state
-from cedm_ray.diffusion.train import new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.granularity.runs import Leg, name_of
 from cedm_ray.granularity.search import Verdict
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance

@@ -30,7 +30,8 @@ from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.diffusion.loss import edm_loss_per_pixel, sample_sigma
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
-from cedm_ray.diffusion.train import new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import new_state
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

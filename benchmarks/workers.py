@@ -31,7 +31,8 @@ from record import arguments, end
 from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
-from cedm_ray.diffusion.train import new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import new_state
 
 NUM_IMAGES, NUM_CLUSTERS = 2_048, 100
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from cedm_ray.devices import net_device
 from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.starts import draw_conditions
@@ -159,7 +160,7 @@ def _generate(
     """All images (none where they go into a folder, which holds any number of them), and their confidences."""
     kept: list[NDArray[np.uint8]] = []
     sure: list[NDArray[np.float32]] = []
-    done, device = 0, next(model.net.parameters()).device
+    done, device = 0, net_device(model.net)
     for batch in generate(
         model.net,
         seed=settings.seed,

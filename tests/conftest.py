@@ -20,7 +20,7 @@ from cedm_ray.data.pack import load_packed, pack
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.diffusion.settings import build_net
 from cedm_ray.diffusion.state_io import save_state
-from cedm_ray.diffusion.train import new_state
+from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.features.backbones import PIXELS, check_backbone, load_backbone
 from cedm_ray.features.neighbors import knn
 from cedm_ray.features.pixels import pixel_stats

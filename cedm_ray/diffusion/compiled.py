@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cedm_ray.devices import net_device
 from cedm_ray.errors import one_line
 
 
@@ -32,7 +33,7 @@ class Compiled:
             found: Tensor = self._call(*inputs)
             return found
         self._tried = True
-        device = next(self._net.parameters()).device
+        device = net_device(self._net)
         on_gpu = device.type == "cuda"
         random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
         try:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cedm_ray.devices import net_device
 from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Compute, autocast
 from cedm_ray.diffusion.loss import Denoiser, edm_loss_per_pixel
@@ -51,7 +52,7 @@ class Passes:
 
     def __init__(self, net: EDMPrecond, compute: Compute, local: int, sigma_data: float) -> None:
         self.size = part_size(local, compute.device_batch)
-        self._device = next(net.parameters()).device
+        self._device = net_device(net)
         self._compute = compute
         self._sigma_data = sigma_data
         # A static graph cannot be held back (torch stops reducing the gradients) nor compiled in buckets.
@@ -102,7 +103,7 @@ def part_size(local: int, device_batch: int | None) -> int:
 def _distributed(net: EDMPrecond, *, static_graph: bool) -> EDMPrecond | DistributedDataParallel:
     if not dist.is_initialized():
         return net
-    device = next(net.parameters()).device
+    device = net_device(net)
     return DistributedDataParallel(
         net,
         device_ids=[device.index] if device.type == "cuda" else None,

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cedm_ray.diffusion.train import TrainState, net_device
+from cedm_ray.devices import net_device
+from cedm_ray.diffusion.train_state import TrainState
 from cedm_ray.weights.whole_file import whole_file
 
 FORMAT = "cedm_ray.diffusion.train_state/1"

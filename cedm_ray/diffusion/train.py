@@ -1,6 +1,5 @@
 """Training of the denoiser as a generator over steps; the caller logs, saves and stops."""
 
-import copy
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cedm_ray.devices import net_device
 from cedm_ray.diffusion.augment import Filters, augment
 from cedm_ray.diffusion.compute import Compute
 from cedm_ray.diffusion.ema import ema_beta, update_ema
@@ -16,29 +16,12 @@ from cedm_ray.diffusion.image_source import ImageSource
 from cedm_ray.diffusion.loss import sample_sigma
 from cedm_ray.diffusion.passes import Draw, Passes
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
+from cedm_ray.diffusion.settings import TrainSettings, local_batch
 from cedm_ray.diffusion.streams import Purpose, torch_seed
+from cedm_ray.diffusion.train_state import TrainState, lay_out
 from cedm_ray.diffusion.unet import NO_CONDITION
 
-__all__ = ["NetSettings", "Progress", "TrainSettings", "TrainState", "build_net", "new_state", "train"]
-
 INIT_SCALE = 1024.0  # of fp16's loss; being summed over pixels, it overflows at torch's default in the first steps
-
-
-@dataclass
-class TrainState:
-    """Everything that a run needs to go on, changed in place by `train`."""
-
-    net: EDMPrecond
-    """The network in training."""
-    ema: EDMPrecond
-    """Its moving average, the one to sample from; in eval mode, without gradients."""
-    optimizer: torch.optim.Adam
-    """Adam over ``net.parameters()``, in their order."""
-    nimg: int
-    """Images seen so far, over all processes."""
-    scaler: torch.amp.GradScaler | None = None
-    """Scale of the loss while fp16 is trained in."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +34,6 @@ class Progress:
     """Loss of this process's part of the batch before the update, shape ``()``, on the training device."""
     lr: float
     """Learning rate of the step."""
-
-
-def new_state(net: EDMPrecond) -> TrainState:
-    """State of a run at its start; the moving average begins as a copy of the network.
-
-    Args:
-        net: Network with its initial weights, on the device to train on, the same in every process.
-    """
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    # The learning rate is set at every step.
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    return TrainState(net.train(), ema, optimizer, nimg=0)
 
 
 def train(
@@ -189,16 +160,6 @@ def _update(state: TrainState, lr: float) -> None:
     state.scaler.update()
 
 
-def lay_out(state: TrainState, *, channels_last: bool) -> None:
-    """Order weights, averages and moments in memory; their values stay the same."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    for net in (state.net, state.ema):
-        net.to(memory_format=layout)
-    for parameter, slot in state.optimizer.state.items():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            slot[kind] = torch.empty_like(parameter).copy_(slot[kind])
-
-
 def _drop_labels(clusters: Tensor | None, prob: float, seed: int) -> Tensor | None:
     """The clusters, each of them ``NO_CONDITION`` with probability ``prob``.
 
@@ -217,11 +178,6 @@ def _clean_gradients(net: EDMPrecond) -> None:
     for parameter in net.parameters():
         if parameter.grad is not None:
             torch.nan_to_num_(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5)
-
-
-def net_device(net: EDMPrecond) -> torch.device:
-    """Device that holds the network's parameters."""
-    return next(net.parameters()).device
 
 
 def _check(net: EDMPrecond, source: ImageSource, settings: TrainSettings, rank: int, world_size: int) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cedm_ray.devices import net_device
 from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
@@ -118,7 +119,7 @@ def _generate(
     batch_size: int | None,
 ) -> Iterator[Tensor]:
     """Images of either network, with the sampler of the scores."""
-    device = next(net.parameters()).device
+    device = net_device(net)
     return generate(
         net,
         seed=seed,

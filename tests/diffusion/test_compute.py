@@ -23,7 +23,8 @@ from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.streams import Purpose, torch_seed
-from cedm_ray.diffusion.train import TrainState, new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import TrainState, new_state
 from cedm_ray.errors import UserError
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, read_ema, read_nimg, save_ema, save_state
-from cedm_ray.diffusion.train import TrainState, new_state
+from cedm_ray.diffusion.train_state import TrainState, new_state
 
 
 def start() -> TrainState:

@@ -11,7 +11,8 @@ from cedm_ray.diffusion.order import EpochOrder
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net, local_batch
 from cedm_ray.diffusion.state_io import load_state, save_state
 from cedm_ray.diffusion.streams import Purpose, torch_seed
-from cedm_ray.diffusion.train import TrainState, new_state, train
+from cedm_ray.diffusion.train import train
+from cedm_ray.diffusion.train_state import TrainState, new_state
 from cedm_ray.diffusion.unet import NO_CONDITION
 from cedm_ray.errors import UserError
 

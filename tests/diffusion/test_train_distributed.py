@@ -16,7 +16,8 @@ from cedm_ray.diffusion.image_source import ResidentImages
 from cedm_ray.diffusion.order import EpochOrder
 from cedm_ray.diffusion.passes import Passes
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
-from cedm_ray.diffusion.train import TrainState, _backward, _draw, new_state, train
+from cedm_ray.diffusion.train import _backward, _draw, train
+from cedm_ray.diffusion.train_state import TrainState, new_state
 from cedm_ray.diffusion.unet import NO_CONDITION
 
 WORLD = 2

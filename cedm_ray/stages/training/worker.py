@@ -24,7 +24,8 @@ from cedm_ray.diffusion.image_source import ImageSource, ResidentImages, fits
 from cedm_ray.diffusion.passes import part_size
 from cedm_ray.diffusion.settings import build_net, local_batch
 from cedm_ray.diffusion.state_io import load_state, save_state
-from cedm_ray.diffusion.train import Progress, new_state, train
+from cedm_ray.diffusion.train import Progress, train
+from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.report.grids import sample_grid
 from cedm_ray.stages.cluster.board import Beat

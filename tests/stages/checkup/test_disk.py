@@ -12,7 +12,7 @@ from cedm_ray.data.digits import digits
 from cedm_ray.data.subset import FirstImages
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.state_io import save_state
-from cedm_ray.diffusion.train import new_state
+from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.stages.checkup import disk as checkup_disk
 from cedm_ray.stages.checkup.disk import (
     AROUND,

@@ -15,7 +15,7 @@ import torch
 
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, read_ema, save_state
-from cedm_ray.diffusion.train import TrainState, new_state
+from cedm_ray.diffusion.train_state import TrainState, new_state
 from cedm_ray.stages.checkup.disk import Pile, checkpoint_bytes, kept_bytes
 from cedm_ray.stages.storage import checkpoints
 from cedm_ray.stages.storage.checkpoints import (
