@@ -20,6 +20,7 @@ from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.storage import DEFAULT_COPIES_FOLDER, storage_folder
 from cedm_ray.data.subset import FirstImages
+from cedm_ray.devices import default_device
 from cedm_ray.errors import UserError, require
 from cedm_ray.flags import parse_flags
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
@@ -162,7 +163,7 @@ def _scores(
     settings: EvaluateSettings, piles: Piles, spec: DetectorSpec, store: Store, terminal: Terminal
 ) -> Iterator[Score]:
     """The scores in the features of one detector."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
 
     def parts(images: Path | None) -> FeatureParts | None:
         return None if images is None else FeatureParts(images, spec, store)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from cedm_ray.devices import net_device
+from cedm_ray.devices import default_device, net_device
 from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.starts import draw_conditions
@@ -113,7 +113,7 @@ def sample(settings: SampleSettings, terminal: Terminal | None = None) -> tuple[
 def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no CUDA device here; leave it out or give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return default_device() if name is None else torch.device(name)
 
 
 def _check_guidance(settings: SampleSettings, model: ExportedModel) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cedm_ray.devices import net_device
+from cedm_ray.devices import default_device, net_device
 from cedm_ray.diffusion.compute import ComputeSettings, decide
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate
@@ -236,7 +236,7 @@ def _rank(
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     fetch_files(export, fresh=True)
     if unconditional is not None:
         fetch_files(unconditional.checkpoint)

@@ -14,6 +14,7 @@ import torch
 from cedm_ray.data.registry import TEST_SPLITS, open_source
 from cedm_ray.data.sources import ImageSource
 from cedm_ray.data.subset import FirstImages
+from cedm_ray.devices import default_device
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features, score_of
 from cedm_ray.metrics.scores import Score
@@ -162,7 +163,7 @@ def _evaluate(
     unconditional: Path | None,
 ) -> list[Score]:
     """The scores in the features of one detector but its distance, which is the mean over all sets."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     fetch_files(job.features, fresh=True)
     spec = reference.detector
     real = embeddings.values if spec.backbone is not None else _features(images, spec, store, device)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import IMAGES, PackedImages
+from cedm_ray.devices import default_device
 from cedm_ray.features.backbones import PIXELS, BackboneSpec
 from cedm_ray.features.neighbors import search_neighbors
 from cedm_ray.features.pixels import pixel_stats
@@ -75,7 +76,7 @@ class Embedder:
 
     def __init__(self, backbone: BackboneSpec, batch_size: int, threads: int, board: Board, total: int) -> None:
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = default_device()
         self._backbone, self._batch_size = backbone.load(self._device), batch_size
         self._board, self._total = board, total
 

@@ -24,6 +24,7 @@ from cedm_ray.clustering.types import Clustering
 from cedm_ray.clustering.zero_shot import zero_shot_assignments
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.pack import PackedImages
+from cedm_ray.devices import default_device
 from cedm_ray.features.backbones import BackboneSpec, check_backbone
 from cedm_ray.features.neighbors import faiss_device
 from cedm_ray.features.zero_shot_text import PROMPTS, class_text_features
@@ -114,7 +115,7 @@ def fit(job: ClusteringJob, embeddings: Embeddings, cpus: float, board: Board) -
 
 def _temi(job: ClusteringJob, embeddings: Embeddings, board: Board) -> tuple[Clustering, list[float], TemiHead]:
     """A TEMI clustering, the utilization ratio of each head, and the head that made it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     beat = Beat(board, str(job.path), f"clustering into {job.num_clusters}", job.settings.epochs, "epochs")
     try:
         trainer = TemiTrainer(

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from cedm_ray.devices import default_device
 from cedm_ray.metrics.detectors import metric_name
 from cedm_ray.metrics.evaluation import feature_stats
 from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
@@ -118,7 +119,7 @@ def _make_features(ctx: Context, parts: FeatureParts) -> None:
 
 def _make_part(parts: FeatureParts, bounds: tuple[int, int], threads: int, board: Board, total: int) -> None:
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     label = f"real images through {parts.spec.name}"
     parts.make(
         bounds, parts.spec.load(device), device, lambda done: board.add("reference", label, done, total, "images")
