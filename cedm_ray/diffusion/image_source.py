@@ -1,8 +1,6 @@
 """Where training takes its batches from: any source that keeps to the order, and the one that holds all images."""
 
-import os
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -11,9 +9,6 @@ from torch import Tensor
 from cedm_ray.diffusion.order import EpochOrder, epoch_parts
 
 Batch = tuple[Tensor, Tensor | None]
-
-RESIDENT_SHARE = 0.25
-"""Share of a device's memory that the images of all processes on it may take; the rest is for the training."""
 
 
 class ImageSource(Protocol):
@@ -116,50 +111,3 @@ def check_class_index(class_index: Tensor | None, num_images: int) -> None:
     if class_index is not None and (class_index.dtype != torch.int64 or class_index.shape != (num_images,)):
         raise ValueError(f"class_index has shape {tuple(class_index.shape)}, {class_index.dtype}; "
                          f"needed: ({num_images},), int64")  # fmt: skip
-
-
-def fits(num_bytes: int, device: torch.device, workers_on_device: float = 1) -> bool:
-    """Whether images may lie in the memory of a device, each process there with a copy of its own.
-
-    Args:
-        num_bytes: Size of the images.
-        device: Where training computes: the bound is ``RESIDENT_SHARE`` of a GPU's memory, or of the main memory that
-            is available to this process.
-        workers_on_device: Processes of all trainings that share that memory.
-    """
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_memory()
-    return num_bytes * workers_on_device <= RESIDENT_SHARE * memory
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Main memory that is available to this process, in bytes: what is free, or the limit of its cgroup if lower.
-
-    Args:
-        root: Where the system's ``proc`` and ``sys`` are mounted.
-    """
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return min([int(facts["MemAvailable"].split()[0]) * 1024, *_cgroup_limits(root)])
-
-
-def _cgroup_limits(root: Path) -> Iterator[int]:
-    """The limits of this process's cgroup and of those around it, in versions 1 and 2 of cgroups."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        group = top / path.lstrip("/")
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        # Inside a container the group may be mounted as the top itself, and its own folder not be seen.
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (folder / name).exists():
-                limit = (folder / name).read_text().strip()
-                if limit != "max":
-                    yield int(limit)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cedm_ray.diffusion.device_memory import cgroup_limits
 from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.storage.storage_errors import bytes_in_words
 
@@ -29,11 +30,7 @@ SPILL_STOPS = 0.95
 
 def memory_bytes() -> int:
     """Memory of this machine, or of the container that it is."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such container, or one without a limit
-        return machine
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
 
 
 def shared_memory_finding(memory: int, folder: Path = Path("/dev/shm")) -> Finding:

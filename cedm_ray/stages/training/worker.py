@@ -20,7 +20,8 @@ from torch import Tensor
 from cedm_ray.clustering.clustering_io import load_clustering
 from cedm_ray.data.pack import IMAGES, PackedImages
 from cedm_ray.diffusion.compute import decide
-from cedm_ray.diffusion.image_source import ImageSource, ResidentImages, fits
+from cedm_ray.diffusion.device_memory import fits
+from cedm_ray.diffusion.image_source import ImageSource, ResidentImages
 from cedm_ray.diffusion.passes import part_size
 from cedm_ray.diffusion.settings import build_net, local_batch
 from cedm_ray.diffusion.state_io import load_state, save_state
