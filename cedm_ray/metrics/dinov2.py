@@ -14,6 +14,9 @@ from cedm_ray.weights.files import WeightKind, check_weight_file, fill
 from cedm_ray.weights.hub import fetching
 from cedm_ray.weights.listing import file_sha256
 
+DINOV2_DIM = 1024
+"""Dimensions of the features."""
+
 _ARCHITECTURE = "vit_large_patch14_dinov2"
 _TAG = "lvd142m"
 _SIZE = 224

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from cedm_ray.errors import UserError
 from cedm_ray.metrics import dinov2
 from cedm_ray.metrics.detectors import metric_name
-from cedm_ray.metrics.dinov2 import DinoV2Detector, check_dinov2, load_dinov2
+from cedm_ray.metrics.dinov2 import DINOV2_DIM, DinoV2Detector, check_dinov2, load_dinov2
 from cedm_ray.weights.listing import file_sha256
 
 SMALL = "vit_small_patch14_dinov2"  # the smallest of the family; the detector itself is ViT-L
@@ -158,7 +158,7 @@ def test_the_detector_is_vit_large_for_224_pixels(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO())
         detector = load_dinov2(None, device="meta")
     assert built == [detector.weights_hash] == [check_dinov2(None)] == ["vit_large_patch14_dinov2.lvd142m"]
-    assert detector.dim == 1024 and detector._model.pos_embed.shape == (1, 257, 1024)
+    assert detector.dim == DINOV2_DIM and detector._model.pos_embed.shape == (1, 257, 1024)
     assert len(detector._model.blocks) == 24 and detector._model.num_reg_tokens == 0
 
 

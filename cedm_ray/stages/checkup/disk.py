@@ -16,6 +16,7 @@ from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.features.backbones import PIXELS
 from cedm_ray.features.checkpoints import LOCAL_MODELS
 from cedm_ray.features.open_clip_backbone import OPEN_CLIP, split_name
+from cedm_ray.metrics.dinov2 import DINOV2_DIM
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.settings import SEARCHED
@@ -23,7 +24,6 @@ from cedm_ray.stages.budget.plan import Plan
 from cedm_ray.stages.budget.spending import workload
 from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.inputs.features import MAX_KEPT
-from cedm_ray.stages.inputs.preflight import DINOV2_DIM
 from cedm_ray.stages.storage.checkpoints import NEWEST_KEPT, STATE_COPIES
 from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words
 

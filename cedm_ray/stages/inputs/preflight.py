@@ -13,11 +13,10 @@ from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone, load_backbone
 from cedm_ray.features.pixels import PixelStats
 from cedm_ray.features.zero_shot_text import read_class_names
+from cedm_ray.metrics.dinov2 import DINOV2_DIM
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.stages.inputs.detectors import load_detectors
-
-DINOV2_DIM = 1024
 
 
 def check_inputs(config: SearchConfig, source: ImageSource) -> None:
