@@ -28,9 +28,9 @@ from record import arguments, end
 from torch import Tensor, nn
 
 from cedm_ray.diffusion.compute import ComputeSettings, Precision, decide
-from cedm_ray.diffusion.fitting import fitting_batch
 from cedm_ray.diffusion.heun import sigma_steps
 from cedm_ray.diffusion.precond import EDMPrecond
+from cedm_ray.diffusion.sample_batch import fitting_batch
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.starts import draw_conditions, initial_noise

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Precision
-from cedm_ray.diffusion.fitting import even_batch, fitting_batch
 from cedm_ray.diffusion.heun import Denoiser, heun_sample
 from cedm_ray.diffusion.precond import EDMPrecond
+from cedm_ray.diffusion.sample_batch import even_batch, fitting_batch
 from cedm_ray.diffusion.starts import draw_conditions, initial_noise, onto
 from cedm_ray.errors import require
 
@@ -54,7 +54,7 @@ def generate(
         indices: Which images; split them over processes as you like, image i stays the same.
         cluster_probs: q(c), shape ``(label_dim,)``; None for an unconditional network.
         batch_size: Images that are computed together; None for equal batches, as large as
-            :func:`~cedm_ray.diffusion.fitting.fitting_batch` says.
+            :func:`~cedm_ray.diffusion.sample_batch.fitting_batch` says.
         num_steps: Steps of the integration.
         guidance: As for :func:`~cedm_ray.diffusion.heun.heun_sample`.
         device: Where to compute.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cedm_ray.metrics.detector_weights import read_tensors
 from cedm_ray.metrics.detectors import check_images
-from cedm_ray.metrics.precision import full_float32
+from cedm_ray.metrics.float32 import full_float32
 from cedm_ray.weights.files import WeightKind, check_weight_file, fill
 from cedm_ray.weights.hub import fetching
 from cedm_ray.weights.listing import file_sha256

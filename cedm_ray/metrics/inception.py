@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cedm_ray.metrics.detectors import check_images
+from cedm_ray.metrics.float32 import full_float32
 from cedm_ray.metrics.inception_weights import canonical_weights, check_inception, is_2015_graph, read_inception
-from cedm_ray.metrics.precision import full_float32
 from cedm_ray.weights.files import fill
 
 __all__ = ["InceptionDetector", "check_inception", "load_inception"]

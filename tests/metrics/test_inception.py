@@ -16,9 +16,9 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from cedm_ray.errors import UserError
 from cedm_ray.metrics import inception_weights
 from cedm_ray.metrics.detectors import metric_name
+from cedm_ray.metrics.float32 import full_float32
 from cedm_ray.metrics.inception import InceptionDetector, _empty_network, check_inception, load_inception
 from cedm_ray.metrics.inception_weights import features_digest, read_inception
-from cedm_ray.metrics.precision import full_float32
 from cedm_ray.weights.listing import file_sha256
 
 State = dict[str, Tensor]

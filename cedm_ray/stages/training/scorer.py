@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cedm_ray.diffusion.compute import Compute
-from cedm_ray.diffusion.fitting import fitting_batch
 from cedm_ray.diffusion.precond import EDMPrecond
+from cedm_ray.diffusion.sample_batch import fitting_batch
 from cedm_ray.diffusion.sampler import generate
 from cedm_ray.metrics.detectors import features_and_logits
 from cedm_ray.metrics.frechet import FeatureSums

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cedm_ray.diffusion.fitting import batch_for, even_batch, fitting_batch, image_bytes
+from cedm_ray.diffusion.sample_batch import batch_for, even_batch, fitting_batch, image_bytes
 from cedm_ray.diffusion.settings import NetSettings, build_net
 
 GIB = 2**30
