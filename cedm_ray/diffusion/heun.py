@@ -10,7 +10,7 @@ from torch import Tensor
 from cedm_ray.diffusion.compute import Precision, autocast
 from cedm_ray.diffusion.unet import NO_CONDITION
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+SamplingDenoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """D(x, sigma, class_index); an `EDMPrecond`, bare or compiled."""
 
 
@@ -37,7 +37,7 @@ def sigma_steps(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.
 
 @torch.no_grad()
 def heun_sample(
-    net: Denoiser,
+    net: SamplingDenoiser,
     latents: Tensor,
     class_index: Tensor | None = None,
     num_steps: int = 18,
@@ -92,7 +92,7 @@ def heun_sample(
     return x
 
 
-def _denoise(net: Denoiser, x: Tensor, sigma: float, class_index: Tensor | None, guidance: float) -> Tensor:
+def _denoise(net: SamplingDenoiser, x: Tensor, sigma: float, class_index: Tensor | None, guidance: float) -> Tensor:
     noisy = x.to(torch.float32)
     level = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
     if guidance == 0 or class_index is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+TrainingDenoiser = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """D(x, sigma, class_index, augment_labels); an `EDMPrecond`, bare or wrapped for several processes."""
 
 
@@ -38,7 +38,7 @@ def loss_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 
 def edm_loss_per_pixel(
-    net: Denoiser,
+    net: TrainingDenoiser,
     y: Tensor,
     sigma: Tensor,
     noise: Tensor,

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cedm_ray.devices import net_device
 from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Compute, autocast
-from cedm_ray.diffusion.loss import Denoiser, edm_loss_per_pixel
+from cedm_ray.diffusion.loss import TrainingDenoiser, edm_loss_per_pixel
 from cedm_ray.diffusion.precond import EDMPrecond
 
 
@@ -58,7 +58,7 @@ class Passes:
         # A static graph cannot be held back (torch stops reducing the gradients) nor compiled in buckets.
         self._plain = _distributed(net, static_graph=self.size == local and not compute.compile)
         # After the wrapping, so that gradients are reduced while the rest of the backward pass is computed.
-        self._denoiser: Denoiser = Compiled(self._plain, "training") if compute.compile else self._plain
+        self._denoiser: TrainingDenoiser = Compiled(self._plain, "training") if compute.compile else self._plain
 
     def __call__(self, draw: Draw, scale: Callable[[Tensor], Tensor]) -> Tensor:
         """Add the gradients of the scaled loss to the parameters' and return the loss, unscaled and detached.

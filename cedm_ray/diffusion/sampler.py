@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cedm_ray.diffusion.compiled import Compiled
 from cedm_ray.diffusion.compute import Precision
-from cedm_ray.diffusion.heun import Denoiser, heun_sample
+from cedm_ray.diffusion.heun import SamplingDenoiser, heun_sample
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sample_batch import even_batch, fitting_batch
 from cedm_ray.diffusion.starts import draw_conditions, initial_noise, onto
@@ -72,7 +72,7 @@ def generate(
     _check(net, cluster_probs, batch_size)
     if batch_size is None:
         batch_size = even_batch(len(indices), max(fitting_batch(net, device) // (2 if guidance else 1), 1))
-    denoiser: Denoiser = Compiled(net, "sampling") if compile else net
+    denoiser: SamplingDenoiser = Compiled(net, "sampling") if compile else net
     starts = _starts(net, seed, indices, cluster_probs, batch_size, device, fill_up=compile)
     start = next(starts, None)
     while start is not None:
@@ -121,7 +121,7 @@ def _starts(
 
 
 def _in_eval_mode(
-    net: EDMPrecond, denoiser: Denoiser, start: _Start, num_steps: int, guidance: float, precision: Precision
+    net: EDMPrecond, denoiser: SamplingDenoiser, start: _Start, num_steps: int, guidance: float, precision: Precision
 ) -> Tensor:
     training = net.training
     net.eval()
