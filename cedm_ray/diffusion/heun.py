@@ -86,9 +86,10 @@ def heun_sample(
         slope = (x - denoise(x, now)) / now
         euler = x + (after - now) * slope
         if after > 0:
-            slope = (slope + (euler - denoise(euler, after)) / after) / 2
-            euler = x + (after - now) * slope
-        x = euler
+            mean_slope = (slope + (euler - denoise(euler, after)) / after) / 2
+            x = x + (after - now) * mean_slope
+        else:
+            x = euler
     return x
 
 
