@@ -28,16 +28,16 @@ class Draw:
     """Unit Gaussian noise, shape of ``y``."""
     clusters: Tensor | None
     """Conditions, shape ``(B,)``, int64."""
-    labels: Tensor | None
-    """Augment labels, shape ``(B, 9)``."""
+    augment_labels: Tensor | None
+    """Augmentation of each image, shape ``(B, 9)``."""
 
     def parts(self, size: int) -> Iterator["Draw"]:
         """The same in parts of ``size`` images."""
         for start in range(0, len(self.y), size):
             rows = slice(start, start + size)
             clusters = None if self.clusters is None else self.clusters[rows]
-            labels = None if self.labels is None else self.labels[rows]
-            yield Draw(self.y[rows], self.sigma[rows], self.noise[rows], clusters, labels)
+            augment_labels = None if self.augment_labels is None else self.augment_labels[rows]
+            yield Draw(self.y[rows], self.sigma[rows], self.noise[rows], clusters, augment_labels)
 
 
 class Passes:
@@ -83,7 +83,7 @@ class Passes:
             y, noise = (each.contiguous(memory_format=torch.channels_last) for each in (y, noise))
         with autocast(self._device, self._compute.precision):
             return edm_loss_per_pixel(
-                self._denoiser, y, part.sigma, noise, part.clusters, part.labels, sigma_data=self._sigma_data
+                self._denoiser, y, part.sigma, noise, part.clusters, part.augment_labels, sigma_data=self._sigma_data
             )
 
     def _held_back(self) -> AbstractContextManager[object]:

@@ -125,15 +125,16 @@ def _draw(
     y = images.to(torch.float32) / 127.5 - 1
     generator = torch.Generator(y.device)
     generator.manual_seed(torch_seed(seed, Purpose.STEP, state.nimg, rank))
-    labels = None
+    augment_labels = None
     if settings.augment_prob > 0:
-        y, labels = augment(y, settings.augment_prob, generator, filters)
+        y, augment_labels = augment(y, settings.augment_prob, generator, filters)
     elif state.net.augment_dim:
-        labels = y.new_zeros(len(y), state.net.augment_dim)  # gives the unused weights a gradient, of zero
-    clusters = _drop_labels(clusters, settings.label_dropout, torch_seed(seed, Purpose.LABEL_DROPOUT, state.nimg, rank))
+        augment_labels = y.new_zeros(len(y), state.net.augment_dim)  # gives the unused weights a gradient, of zero
+    dropping = torch_seed(seed, Purpose.LABEL_DROPOUT, state.nimg, rank)
+    clusters = _drop_conditions(clusters, settings.label_dropout, dropping)
     sigma = sample_sigma(len(y), settings.P_mean, settings.P_std, generator, y.device)
     noise = torch.randn(y.shape, generator=generator, device=y.device)
-    return Draw(y, sigma, noise, clusters, labels)
+    return Draw(y, sigma, noise, clusters, augment_labels)
 
 
 def _backward(passes: Passes, state: TrainState, draw: Draw, seed: int, rank: int) -> Tensor:
@@ -160,7 +161,7 @@ def _update(state: TrainState, lr: float) -> None:
     state.scaler.update()
 
 
-def _drop_labels(clusters: Tensor | None, prob: float, seed: int) -> Tensor | None:
+def _drop_conditions(clusters: Tensor | None, prob: float, seed: int) -> Tensor | None:
     """The clusters, each of them ``NO_CONDITION`` with probability ``prob``.
 
     Source: arXiv 2207.12598, Algorithm 1.
