@@ -12,7 +12,6 @@ def top1_similarity(
     queries: Features,
     references: Features,
     *,
-    exclude_self: bool = False,
     block: int = 2048,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
@@ -23,7 +22,6 @@ def top1_similarity(
     Args:
         queries: Features, shape ``(N, D)``.
         references: Features, shape ``(M, D)``.
-        exclude_self: Compare no query with the reference of the same index, for a set beside itself.
         block: Images of each side that are compared at a time; memory grows with its square, not with N times M.
         device: Where to compute.
 
@@ -31,22 +29,14 @@ def top1_similarity(
         The highest similarities, shape ``(N,)``, float32 in ``[-1, 1]``.
 
     Raises:
-        ValueError: If shapes do not match, a value is not finite or a vector is zero, which has no direction; if
-            ``exclude_self`` and the sets differ in length or have one image.
+        ValueError: If shapes do not match, a value is not finite or a vector is zero, which has no direction.
     """
     check_features(block, queries=queries, references=references)
-    if exclude_self and not len(queries) == len(references) > 1:
-        raise ValueError(
-            f"exclude_self is for one set of 2 or more beside itself; there are {len(queries)} queries "
-            f"and {len(references)} references"
-        )
     best = torch.full((len(queries),), -1.0, dtype=torch.float64, device=device)
     for rows, x in blocks(queries, block, device):
         x = _directions(x, "queries", rows.start)
         for columns, y in blocks(references, block, device):
             cosines = x @ _directions(y, "references", columns.start).T
-            if exclude_self and rows == columns:
-                cosines.fill_diagonal_(-torch.inf)
             best[rows] = torch.maximum(best[rows], cosines.amax(1))
     return best.clamp_(-1, 1).float().cpu().numpy()
 
