@@ -56,23 +56,18 @@ def _gaussian(mu: Array, sigma: Array, device: torch.device, which: str) -> tupl
 class FeatureSums:
     """Count, sum and outer products of features, in float64, from which mean and covariance follow.
 
-    The sums of several workers add up: ``merge`` them, or all-reduce ``tensors()`` in place.
+    The sums of several workers add up: ``merge`` them, or all-reduce ``tensors()`` in place. Second moments lose about
+    ``2 log10(mean / deviation)`` of their 16 digits.
 
     Args:
         dim: Feature dimensions D.
-        shift: Subtracted from each feature before it is summed, shape ``(D,)``; zero if None. Second moments lose
-            about ``2 log10(mean / deviation)`` of their 16 digits, so where the mean is more than a thousand
-            deviations from zero, give any vector near it, the same one to every worker.
         device: Where the sums are kept.
     """
 
-    def __init__(self, dim: int, *, shift: Tensor | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dim: int, *, device: torch.device | str = "cpu") -> None:
         if dim < 1:
             raise ValueError(f"dim is {dim}; it must be at least 1")
         self.dim = dim
-        self.shift = torch.zeros(dim, dtype=torch.float64, device=device)
-        if shift is not None:
-            self.shift += shift.to(self.shift)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -87,7 +82,7 @@ class FeatureSums:
             raise ValueError(f"features have shape {tuple(features.shape)}; (B, {self.dim}) is due")
         if not features.isfinite().all():
             raise ValueError("features hold NaN or infinite values; look at the images and at the detector")
-        x = features.detach().to(self.sum) - self.shift
+        x = features.detach().to(self.sum)
         self.count += len(x)
         self.sum += x.sum(0)
         self.outer.addmm_(x.T, x)  # no second matrix of D * D, which for a small batch takes longer than the product
@@ -96,10 +91,10 @@ class FeatureSums:
         """Add the sums of another worker.
 
         Raises:
-            ValueError: If its dimension or its shift is another.
+            ValueError: If its dimension is another.
         """
-        if other.dim != self.dim or not torch.equal(other.shift.to(self.shift), self.shift):
-            raise ValueError(f"sums of {other.dim} and {self.dim} dimensions, or of unlike shifts, cannot be merged")
+        if other.dim != self.dim:
+            raise ValueError(f"sums of {other.dim} and {self.dim} dimensions cannot be merged")
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine += theirs.to(mine)
 
@@ -108,7 +103,7 @@ class FeatureSums:
         return self.count, self.sum, self.outer
 
     @classmethod
-    def from_tensors(cls, count: Tensor, total: Tensor, outer: Tensor, *, shift: Tensor | None = None) -> "FeatureSums":
+    def from_tensors(cls, count: Tensor, total: Tensor, outer: Tensor) -> "FeatureSums":
         """The sums that ``tensors()`` came from, as copies.
 
         Raises:
@@ -116,7 +111,7 @@ class FeatureSums:
         """
         if total.ndim != 1 or outer.shape != (len(total), len(total)) or count.numel() != 1:
             raise ValueError(f"sum has shape {tuple(total.shape)}, outer {tuple(outer.shape)}; (D,) and (D, D) are due")
-        sums = cls(len(total), shift=shift, device=total.device)
+        sums = cls(len(total), device=total.device)
         for mine, theirs in zip(sums.tensors(), (count.reshape(()), total, outer), strict=True):
             mine += theirs.to(mine)
         return sums
@@ -135,4 +130,4 @@ class FeatureSums:
             )
         mean = self.sum / n
         cov = (self.outer - torch.outer(self.sum, mean)) / (n - 1)
-        return mean + self.shift, (cov + cov.T) / 2
+        return mean, (cov + cov.T) / 2

@@ -74,7 +74,7 @@ def load_stats(path: Path) -> FeatureStats:
 
 
 def save_sums(sums: FeatureSums, path: Path) -> None:
-    """Write the sums of some images' features (without a shift) as one safetensors file."""
+    """Write the sums of some images' features as one safetensors file."""
     count, total, outer = (tensor.cpu().contiguous() for tensor in sums.tensors())
     save_file({"count": count.reshape(1), "sum": total, "outer": outer}, path)
 
