@@ -3,7 +3,6 @@
 import math
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,9 +27,9 @@ def group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, num_channels, eps=1e-6)
 
 
-def reset_layer(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None, gain: float = 1.0) -> None:
-    """Draw Xavier-uniform weights scaled by ``gain``; the bias becomes zero."""
-    nn.init.xavier_uniform_(layer.weight, gain=gain, generator=generator)
+def reset_layer(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
+    """Draw Xavier-uniform weights scaled by ``gain`` from torch's global generator; the bias becomes zero."""
+    nn.init.xavier_uniform_(layer.weight, gain=gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
@@ -44,10 +43,10 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def reset_parameters(self, generator: torch.Generator | None) -> None:
+    def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        reset_layer(self.qkv, generator, ATTENTION_GAIN)
-        reset_layer(self.proj, generator, OUTPUT_GAIN)
+        reset_layer(self.qkv, ATTENTION_GAIN)
+        reset_layer(self.proj, OUTPUT_GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -94,15 +93,15 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if project else None
         self.attention = Attention(out_channels) if attention else None
 
-    def reset_parameters(self, generator: torch.Generator | None) -> None:
+    def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        reset_layer(self.conv0, generator)
-        reset_layer(self.affine, generator)
-        reset_layer(self.conv1, generator, OUTPUT_GAIN)
+        reset_layer(self.conv0)
+        reset_layer(self.affine)
+        reset_layer(self.conv1, OUTPUT_GAIN)
         if self.skip is not None:
-            reset_layer(self.skip, generator)
+            reset_layer(self.skip)
         if self.attention is not None:
-            self.attention.reset_parameters(generator)
+            self.attention.reset_parameters()
 
     def _resize(self, x: Tensor) -> Tensor:
         # With the box filter [1, 1] the resampling is nearest-neighbour up and 2x2 averages down.

@@ -82,16 +82,16 @@ class UNet(nn.Module):
         self.out_conv = nn.Conv2d(channels, img_channels, 3, padding=1)
         self.reset_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial weights, from ``generator`` or from torch's global one."""
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's global generator."""
         for layer in (self.map_label, self.map_augment, self.map_layer0, self.map_layer1, self.first_conv):
             if layer is not None:
-                reset_layer(layer, generator)
+                reset_layer(layer)
         for blocks in (self.encoder, self.decoder):
             for block in blocks.values():
                 assert isinstance(block, Block)
-                block.reset_parameters(generator)
-        reset_layer(self.out_conv, generator, OUTPUT_GAIN)
+                block.reset_parameters()
+        reset_layer(self.out_conv, OUTPUT_GAIN)
 
     # Never compiled: it alone knows the number of clusters, so what is compiled serves every C.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
