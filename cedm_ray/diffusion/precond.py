@@ -1,7 +1,4 @@
-"""The preconditioned denoiser D(x; sigma) around the U-Net, and the loading of published weights."""
-
-from collections.abc import Mapping
-from typing import Any
+"""The preconditioned denoiser D(x; sigma) around the U-Net."""
 
 import torch
 from torch import Tensor, nn
@@ -113,48 +110,3 @@ class EDMPrecond(nn.Module):
                     f"class_index ranges from {int(low)} to {int(high)}; it must lie in [0, {self.label_dim}), "
                     f"or be {NO_CONDITION} for no condition"
                 )
-
-
-def load_edm_state_dict(net: EDMPrecond, state_dict: Mapping[str, Any]) -> None:
-    """Fill the network with weights that carry the parameter names of the published EDM networks.
-
-    Args:
-        net: Network of the same shape; changed in place.
-        state_dict: Arrays or tensors by published name, such as ``model.enc.32x32_conv.weight``. The
-            ``resample_filter`` buffers are compared with the box filter and otherwise ignored.
-
-    Raises:
-        ValueError: If a name is missing or unexpected, a shape differs, or a filter is not the box filter.
-    """
-    given = {name: torch.as_tensor(value) for name, value in state_dict.items()}
-    filters = {name for name in given if name.endswith("resample_filter")}
-    for name in sorted(filters):
-        if not torch.allclose(given[name].flatten().float(), torch.full((4,), 0.25)):
-            raise ValueError(f"{name} is {given[name].tolist()}; the network has the 2x2 box filter only")
-    own = {published_name(name, net.img_resolution): tensor for name, tensor in net.state_dict().items()}
-    missing = sorted(own.keys() - given.keys())
-    unexpected = sorted(given.keys() - own.keys() - filters)
-    if missing or unexpected:
-        raise ValueError(f"the weights do not fit the network: missing {missing}, unexpected {unexpected}")
-    for name, tensor in own.items():
-        if given[name].shape != tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(given[name].shape)}; the network needs {tuple(tensor.shape)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
-
-
-def published_name(name: str, img_resolution: int) -> str:
-    """Name under which the published EDM networks store one of our parameters."""
-    side = f"{img_resolution}x{img_resolution}"
-    for ours, theirs in (
-        (".encoder.", ".enc."),
-        (".decoder.", ".dec."),
-        (".attention.norm.", ".norm2."),
-        (".attention.", "."),
-        (".first_conv.", f".enc.{side}_conv."),
-        (".out_norm.", f".dec.{side}_aux_norm."),
-        (".out_conv.", f".dec.{side}_aux_conv."),
-    ):
-        name = name.replace(ours, theirs)
-    return name
