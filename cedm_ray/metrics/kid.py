@@ -12,7 +12,7 @@ _CHECK_BLOCK = 4096
 
 
 def kid(
-    real: Features, fake: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
     """Squared maximum mean discrepancy of random subsets, with the kernel ``(x.y / D + 1)^3``.
 
@@ -21,7 +21,7 @@ def kid(
 
     Args:
         real: Features of real images, shape ``(N, D)``.
-        fake: Features of generated images, shape ``(M, D)``.
+        generated: Features of generated images, shape ``(M, D)``.
         subsets: Pairs of subsets.
         subset_size: Images of a subset, drawn without replacement.
         seed: Of the draws.
@@ -37,8 +37,8 @@ def kid(
     """
     require(subsets >= 1, "subsets", subsets, "be at least 1")
     require(subset_size >= 2, "subset_size", subset_size, "be at least 2")
-    check_features(_CHECK_BLOCK, real=real, fake=fake)
-    for name, features in (("real", real), ("fake", fake)):
+    check_features(_CHECK_BLOCK, real=real, generated=generated)
+    for name, features in (("real", real), ("generated", generated)):
         if len(features) < subset_size:
             raise UserError(
                 f"{len(features)} {name} images are too few for subset_size = {subset_size}: "
@@ -47,7 +47,7 @@ def kid(
     rng = np.random.RandomState(seed)  # the legacy generator, whose draws are those of the published values
     values = []
     for _ in range(subsets):
-        x, y = (_rows(f, rng.choice(len(f), subset_size, replace=False)) for f in (real, fake))
+        x, y = (_rows(f, rng.choice(len(f), subset_size, replace=False)) for f in (real, generated))
         values.append(_mmd2(x, y))
     return float(np.mean(values)), float(np.std(values))
 

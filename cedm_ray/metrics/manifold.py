@@ -24,7 +24,12 @@ class Manifold:
 
 
 def manifold_metrics(
-    real: Features, fake: Features, k: int = 5, *, block: int = 2048, device: torch.device | str = "cpu"
+    real: Features,
+    generated: Features,
+    num_neighbors: int = 5,
+    *,
+    block: int = 2048,
+    device: torch.device | str = "cpu",
 ) -> Manifold:
     """Precision, recall, density and coverage of generated features.
 
@@ -34,8 +39,8 @@ def manifold_metrics(
 
     Args:
         real: Features of real images, shape ``(N, D)``.
-        fake: Features of generated images, shape ``(M, D)``.
-        k: Neighbour that sets the radius of a ball; the image itself does not count.
+        generated: Features of generated images, shape ``(M, D)``.
+        num_neighbors: k, the neighbour that sets the radius of a ball; the image itself does not count.
         block: Images of each side that are compared at a time; memory grows with its square, not with N times M.
         device: Where to compute.
 
@@ -43,36 +48,36 @@ def manifold_metrics(
         The four values.
 
     Raises:
-        UserError: If a set has fewer than k + 1 images.
-        ValueError: If ``k`` or ``block`` is below 1, shapes do not match or a value is not finite.
+        UserError: If a set has fewer than ``num_neighbors`` + 1 images.
+        ValueError: If ``num_neighbors`` or ``block`` is below 1, shapes do not match or a value is not finite.
 
     Source: arXiv 1904.06991, Eq. 1 and 2 (precision, recall), with strict inequality; arXiv 2002.09797, Sec. 3.2
     (density, coverage).
     """
-    require(k >= 1, "k", k, "be at least 1")
-    check_features(block, real=real, fake=fake)
-    for name, features in (("real", real), ("fake", fake)):
-        if len(features) <= k:
+    require(num_neighbors >= 1, "num_neighbors", num_neighbors, "be at least 1")
+    check_features(block, real=real, generated=generated)
+    for name, features in (("real", real), ("generated", generated)):
+        if len(features) <= num_neighbors:
             raise UserError(
-                f"{len(features)} {name} images are too few for k = {k}; at least {k + 1} are needed: "
-                "score more images or lower k"
+                f"{len(features)} {name} images are too few for num_neighbors = {num_neighbors}; at least "
+                f"{num_neighbors + 1} are needed: score more images or lower num_neighbors"
             )
-    real_radii, fake_radii = (_radii(features, k, block, device) for features in (real, fake))
-    in_real = torch.zeros(len(fake), dtype=torch.bool, device=device)
-    in_fake, covered = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
+    real_radii, generated_radii = (_radii(each, num_neighbors, block, device) for each in (real, generated))
+    in_real = torch.zeros(len(generated), dtype=torch.bool, device=device)
+    in_generated, covered = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
     num_inside = torch.zeros((), dtype=torch.int64, device=device)
     for rows, x in blocks(real, block, device):
-        for columns, y in blocks(fake, block, device):
+        for columns, y in blocks(generated, block, device):
             distances = _distances(x, y)
             inside = distances < real_radii[rows, None]
             num_inside += inside.sum()
             in_real[columns] |= inside.any(0)
             covered[rows] |= inside.any(1)
-            in_fake[rows] |= (distances < fake_radii[columns]).any(1)
+            in_generated[rows] |= (distances < generated_radii[columns]).any(1)
     return Manifold(
         precision=_share(in_real),
-        recall=_share(in_fake),
-        density=(1 / k) * (int(num_inside) / len(fake)),
+        recall=_share(in_generated),
+        density=(1 / num_neighbors) * (int(num_inside) / len(generated)),
         coverage=_share(covered),
     )
 

@@ -71,7 +71,7 @@ def test_tensors_and_read_only_files_give_the_same(tmp_path: Path) -> None:
 
 
 def test_too_few_images_are_refused_with_the_way_out() -> None:
-    message = r"^999 fake images are too few for subset_size = 1000: score more images or lower subset_size to at most"
+    message = r"^999 generated images are too few for subset_size = 1000: score more images or lower subset_size to"
     with pytest.raises(UserError, match=message):
         kid(features(1000, 0), features(999, 1))
     with pytest.raises(UserError, match=r"^999 real images are too few"):
@@ -88,5 +88,5 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, int], messag
 
 
 def test_unlike_dimensions_are_refused() -> None:
-    with pytest.raises(ValueError, match="features have unlike dimensions: real 32, fake 31"):
+    with pytest.raises(ValueError, match="features have unlike dimensions: real 32, generated 31"):
         kid(features(9, 0), features(9, 1, dim=31), subset_size=5)

@@ -107,16 +107,17 @@ def test_tensors_and_read_only_files_give_the_same(tmp_path: Path) -> None:
 def test_the_fewest_images_that_have_k_neighbours_are_enough() -> None:
     real, fake = normal(6, 3, 0), normal(6, 3, 1)
     assert manifold_metrics(real, real.copy(), 5).precision == 1
-    with pytest.raises(UserError, match=r"^5 fake images are too few for k = 5; at least 6 are needed: .*lower k$"):
+    message = r"^5 generated images are too few for num_neighbors = 5; at least 6 are needed: .*lower num_neighbors$"
+    with pytest.raises(UserError, match=message):
         manifold_metrics(real, fake[:5], 5)
 
 
 @pytest.mark.parametrize(
     ("real", "k", "block", "message"),
     [
-        (normal(9, 3, 0), 0, 8, "k is 0; it must be at least 1"),
+        (normal(9, 3, 0), 0, 8, "num_neighbors is 0; it must be at least 1"),
         (normal(9, 3, 0), 1, 0, "block is 0; it must be at least 1"),
-        (normal(9, 4, 0), 1, 8, "features have unlike dimensions: real 4, fake 3"),
+        (normal(9, 4, 0), 1, 8, "features have unlike dimensions: real 4, generated 3"),
         (normal(9, 3, 0)[0], 1, 8, r"real has shape \(3,\); \(N, D\) is due"),
         (normal(0, 3, 0), 1, 8, r"real has shape \(0, 3\); \(N, D\) is due"),
         (np.full((9, 3), np.nan, dtype=np.float32), 1, 8, "real holds NaN or infinite values"),
