@@ -20,7 +20,7 @@ class UNet(nn.Module):
         label_dim: Number of clusters; 0 for an unconditional network.
         augment_dim: Length of the augment labels; 0 for none.
         model_channels: Channels at the first level.
-        channel_mult: Multiplier of the channels at each level; each level halves the resolution.
+        channel_mult: Multiplier of the channels at each level; each level after the first halves the resolution.
         num_blocks: Residual blocks per level in the encoder; the decoder has one more.
         attn_resolutions: Resolutions at which the blocks attend, in pixels.
         dropout: Dropout probability in the blocks.
