@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,27 +9,10 @@ from torch import Tensor, nn
 from cedm_ray.diffusion.heun import heun_sample, sigma_steps
 from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.sampler import generate, to_uint8
-from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.starts import draw_conditions, initial_noise
 
-PROBS = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0])
-
-
-def network(label_dim: int = 5) -> EDMPrecond:
-    net = build_net(NetSettings(8, (1, 2), 1, (), 0.5), 8, 1, label_dim, augment=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0, 0.15, generator=generator)
-    return net
-
-
-def images(net: EDMPrecond, indices: range | list[int], batch_size: int) -> Tensor:
-    probs = PROBS if net.label_dim else None
-    parts = generate(
-        net, seed=3, indices=indices, cluster_probs=probs, batch_size=batch_size, num_steps=4, device="cpu"
-    )
-    return torch.cat(list(parts))
+MakeNet = Callable[..., EDMPrecond]
+Images = Callable[..., Tensor]
 
 
 class GaussianDenoiser(nn.Module):
@@ -82,7 +67,7 @@ def test_guidance_has_the_closed_form_of_gaussian_clusters_and_one_call_for_both
     assert errors[0] < 0.05 and errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
 
 
-def test_without_guidance_nothing_is_computed_for_it_and_nothing_changes() -> None:
+def test_without_guidance_nothing_is_computed_for_it_and_nothing_changes(network: MakeNet) -> None:
     net, latents, clusters = network(), torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 3])
     sizes: list[int] = []
     net.eval().register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
@@ -92,16 +77,15 @@ def test_without_guidance_nothing_is_computed_for_it_and_nothing_changes() -> No
     assert sizes[14:] == [6] * 7 and float((far - plain).abs().max()) > 1e-3
 
 
-def test_guidance_that_means_nothing_is_refused() -> None:
+def test_guidance_that_means_nothing_is_refused(network: MakeNet) -> None:
     for guidance, clusters in ((float("nan"), torch.tensor([0])), (1.0, None)):
         with pytest.raises(ValueError, match=f"guidance is {guidance}; it must be finite, and 0 without a condition"):
             heun_sample(network(), torch.zeros(1, 1, 8, 8), clusters, guidance=guidance)
 
 
-def test_guidance_goes_through_to_generated_images() -> None:
+def test_guidance_goes_through_to_generated_images(network: MakeNet, images: Images) -> None:
     net = network()
-    more = {"seed": 3, "indices": range(6), "cluster_probs": PROBS, "batch_size": 4, "num_steps": 4, "device": "cpu"}
-    plain, guided = (torch.cat(list(generate(net, guidance=w, **more))) for w in (0.0, 3.0))  # type: ignore[arg-type]
+    plain, guided = (images(net, range(6), 4, guidance=w) for w in (0.0, 3.0))
     assert torch.equal(plain, images(net, range(6), 4)) and not torch.equal(plain, guided)
 
 
@@ -132,7 +116,7 @@ def test_every_training_pixel_survives_the_way_to_the_network_and_back() -> None
 
 
 @pytest.mark.parametrize("label_dim", [0, 5])
-def test_an_image_depends_on_its_index_and_not_on_its_batch(label_dim: int) -> None:
+def test_an_image_depends_on_its_index_and_not_on_its_batch(label_dim: int, network: MakeNet, images: Images) -> None:
     net = network(label_dim)
     whole = images(net, range(12), 12)
     assert whole.shape == (12, 1, 8, 8) and whole.dtype == torch.uint8
@@ -151,13 +135,13 @@ def test_noise_is_the_same_for_an_index_anywhere_and_unit_gaussian() -> None:
     assert not torch.equal(initial_noise(8, [3], (1, 4, 4), "cpu")[0], noise[3])
 
 
-def test_conditions_follow_the_cluster_distribution() -> None:
-    drawn = draw_conditions(0, range(5000), PROBS * 7)
+def test_conditions_follow_the_cluster_distribution(probs: Tensor) -> None:
+    drawn = draw_conditions(0, range(5000), probs * 7)
     counts = torch.bincount(drawn, minlength=5)
     assert counts[[1, 4]].tolist() == [0, 0]
-    used = PROBS > 0
-    assert stats.chisquare(counts[used].numpy(), (PROBS[used] * 5000).numpy()).pvalue > 1e-3
-    assert torch.equal(draw_conditions(0, [4999, 17], PROBS), drawn[[4999, 17]])
+    used = probs > 0
+    assert stats.chisquare(counts[used].numpy(), (probs[used] * 5000).numpy()).pvalue > 1e-3
+    assert torch.equal(draw_conditions(0, [4999, 17], probs), drawn[[4999, 17]])
 
 
 def test_condition_and_noise_are_independent() -> None:
@@ -172,17 +156,17 @@ def test_a_distribution_that_is_none_is_refused(probs: list[float]) -> None:
         draw_conditions(0, [0], torch.tensor(probs))
 
 
-def test_generating_restores_the_mode_and_turns_dropout_off() -> None:
+def test_generating_restores_the_mode_and_turns_dropout_off(network: MakeNet, images: Images) -> None:
     net = network().train()
     assert torch.equal(images(net, range(4), 4), images(net, range(4), 4))
     assert net.training
 
 
-def test_a_distribution_of_another_length_is_refused() -> None:
+def test_a_distribution_of_another_length_is_refused(network: MakeNet) -> None:
     with pytest.raises(ValueError, match="label_dim 5"):
         next(generate(network(), seed=0, indices=[0], cluster_probs=torch.ones(4), batch_size=1, device="cpu"))
 
 
-def test_a_batch_of_nothing_is_refused() -> None:
+def test_a_batch_of_nothing_is_refused(network: MakeNet, probs: Tensor) -> None:
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
-        next(generate(network(), seed=0, indices=[0], cluster_probs=PROBS, batch_size=0, device="cpu"))
+        next(generate(network(), seed=0, indices=[0], cluster_probs=probs, batch_size=0, device="cpu"))

@@ -1,5 +1,5 @@
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,28 +11,10 @@ from torch._dynamo.testing import CompileCounter
 from cedm_ray.diffusion.compute import Precision
 from cedm_ray.diffusion.heun import heun_sample
 from cedm_ray.diffusion.precond import EDMPrecond
-from cedm_ray.diffusion.sampler import generate
-from cedm_ray.diffusion.settings import NetSettings, build_net
 
-PROBS = torch.tensor([0.2, 0.0, 0.5, 0.3, 0.0])
-
-
-def network(std: float = 0.15) -> EDMPrecond:
-    net = build_net(NetSettings(8, (1, 2), 1, (), 0.5), 8, 1, 5, augment=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0, std, generator=generator)
-    return net
-
-
-def batches(net: EDMPrecond, indices: range, batch_size: int | None, **more: Any) -> Iterator[Tensor]:
-    given = {"cluster_probs": PROBS, "num_steps": 4, "device": "cpu", **more}
-    return generate(net, seed=3, indices=indices, batch_size=batch_size, **given)
-
-
-def images(net: EDMPrecond, indices: range, batch_size: int | None, **more: Any) -> Tensor:
-    return torch.cat(list(batches(net, indices, batch_size, **more)))
+MakeNet = Callable[..., EDMPrecond]
+Images = Callable[..., Tensor]
+Batches = Callable[..., Iterator[Tensor]]
 
 
 @pytest.fixture
@@ -45,7 +27,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     torch._dynamo.reset()
 
 
-def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(counted: CompileCounter) -> None:
+def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(
+    counted: CompileCounter, network: MakeNet, images: Images, batches: Batches
+) -> None:
     net, sizes = network(), []
     net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     plain = images(net, range(11), 4)
@@ -62,7 +46,9 @@ def test_a_compiled_network_gives_the_same_images_and_is_compiled_once(counted: 
     assert counted.frame_count == graphs
 
 
-def test_after_sampling_compiled_the_network_is_what_it_was(counted: CompileCounter) -> None:
+def test_after_sampling_compiled_the_network_is_what_it_was(
+    counted: CompileCounter, network: MakeNet, images: Images
+) -> None:
     net = network().train()
     before = [name for name, _ in net.named_modules()], list(net.state_dict())
     images(net, range(4), 4, compile=True)
@@ -73,7 +59,9 @@ def test_after_sampling_compiled_the_network_is_what_it_was(counted: CompileCoun
     assert (counted.frame_count, counted.op_count) == (graphs, ops)
 
 
-def test_fewer_images_than_a_batch_are_not_filled_up_to_one(counted: CompileCounter) -> None:
+def test_fewer_images_than_a_batch_are_not_filled_up_to_one(
+    counted: CompileCounter, network: MakeNet, images: Images
+) -> None:
     net, sizes = network(), []
     net.model.first_conv.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     assert len(images(net, range(3), 64, compile=True)) == 3
@@ -81,7 +69,7 @@ def test_fewer_images_than_a_batch_are_not_filled_up_to_one(counted: CompileCoun
 
 
 def test_where_compiling_fails_one_warning_says_why_and_the_images_are_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, network: MakeNet, images: Images
 ) -> None:
     def broken(graph: object, inputs: object) -> Any:
         raise RuntimeError("no compiler here\nand more")
@@ -101,7 +89,9 @@ def test_where_compiling_fails_one_warning_says_why_and_the_images_are_the_same(
     assert (found.int() - images(net, range(11), 4).int()).abs().max() <= 1
 
 
-def test_too_little_memory_is_no_failure_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_no_failure_to_compile(
+    monkeypatch: pytest.MonkeyPatch, network: MakeNet, images: Images
+) -> None:
     def full(*args: object) -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -135,22 +125,26 @@ def test_the_precision_is_that_of_the_products_and_of_nothing_else(precision: Pr
 
 
 @pytest.mark.parametrize("precision, rounding", [("bf16", 2**-8), ("fp16", 2**-11)])
-def test_half_precision_moves_images_by_the_rounding_of_its_numbers(precision: Precision, rounding: float) -> None:
-    net, latents, clusters = network(0.1).eval(), torch.randn(8, 1, 8, 8), torch.arange(8) % 5
+def test_half_precision_moves_images_by_the_rounding_of_its_numbers(
+    precision: Precision, rounding: float, network: MakeNet
+) -> None:
+    net, latents, clusters = network(std=0.1).eval(), torch.randn(8, 1, 8, 8), torch.arange(8) % 5
     plain = heun_sample(net, latents, clusters, 18)
     apart = heun_sample(net, latents, clusters, 18, precision=precision) - plain
     # The network's part of an image is about sigma_data at every level; its errors of 35 calls add up.
     assert 0 < apart.square().mean().sqrt() < 8 * rounding * plain.std()
 
 
-def test_bf16_goes_through_to_generated_images_and_leaves_them_nearly_the_same() -> None:
+def test_bf16_goes_through_to_generated_images_and_leaves_them_nearly_the_same(
+    network: MakeNet, images: Images
+) -> None:
     net = network()
     plain, rounded = images(net, range(6), 4), images(net, range(6), 4, precision="bf16")
     apart = (plain.int() - rounded.int()).abs().float()
     assert 0 < apart.mean() < 1
 
 
-def test_where_fp16_overflows_it_is_said_and_float32_takes_over() -> None:
+def test_where_fp16_overflows_it_is_said_and_float32_takes_over(network: MakeNet, images: Images) -> None:
     net = network()
     with torch.no_grad():
         net.model.first_conv.weight.mul_(1e6)  # normalised behind it, but beyond 65,504 before
@@ -160,7 +154,7 @@ def test_where_fp16_overflows_it_is_said_and_float32_takes_over() -> None:
     assert torch.equal(found, plain) and len(told) == 1
 
 
-def test_where_no_batch_size_is_given_the_batches_are_even() -> None:
+def test_where_no_batch_size_is_given_the_batches_are_even(network: MakeNet, images: Images, batches: Batches) -> None:
     net = network()
     parts = list(batches(net, range(70), None, num_steps=1))
     assert [len(part) for part in parts] == [35, 35]
@@ -168,7 +162,9 @@ def test_where_no_batch_size_is_given_the_batches_are_even() -> None:
     assert list(batches(net, range(0), None)) == []
 
 
-def test_the_next_batch_is_drawn_before_this_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_batch_is_drawn_before_this_one_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, network: MakeNet, batches: Batches
+) -> None:
     from cedm_ray.diffusion import sampler
 
     drawn: list[int] = []
@@ -186,7 +182,7 @@ def test_the_next_batch_is_drawn_before_this_one_is_waited_for(monkeypatch: pyte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_the_real_compiler_gives_the_same_images(precision: Precision) -> None:
+def test_the_real_compiler_gives_the_same_images(precision: Precision, network: MakeNet, images: Images) -> None:
     torch._dynamo.reset()
     net = network()
     with warnings.catch_warnings():
@@ -198,7 +194,7 @@ def test_the_real_compiler_gives_the_same_images(precision: Precision) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_no_step_of_the_sampler_waits_for_the_gpu(precision: Precision) -> None:
+def test_no_step_of_the_sampler_waits_for_the_gpu(precision: Precision, network: MakeNet) -> None:
     net = network().cuda().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents, clusters = torch.randn(8, 1, 8, 8).cuda(), (torch.arange(8) % 5).cuda()
     heun_sample(net, latents, clusters, 4, precision=precision)
@@ -212,7 +208,7 @@ def test_no_step_of_the_sampler_waits_for_the_gpu(precision: Precision) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-def test_on_a_gpu_fp16_gives_nearly_the_images_of_a_processor(compile: bool) -> None:
+def test_on_a_gpu_fp16_gives_nearly_the_images_of_a_processor(compile: bool, network: MakeNet, images: Images) -> None:
     plain = images(network(), range(70), 64)
     net = network().cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with warnings.catch_warnings():
