@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -8,7 +6,6 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from cedm_ray.errors import UserError
 from cedm_ray.metrics.frechet import FeatureSums, frechet_distance
-from cedm_ray.metrics.stats import FeatureStats, StatsFacts, load_stats, save_stats
 
 
 def random_gaussian(dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,31 +141,6 @@ def test_wrong_or_infinite_features_are_refused_and_leave_the_sums_alone() -> No
     with pytest.raises(ValueError, match="NaN"):
         sums.update(torch.tensor([[0.0, 1.0, float("nan")]]))
     assert int(sums.count) == 0
-
-
-def test_statistics_come_back_from_their_file_and_refuse_unlike_ones(tmp_path: Path) -> None:
-    mu, sigma = (torch.from_numpy(a) for a in random_gaussian(6, 0))
-    facts = StatsFacts(detector="lenet", weights_hash="ab", resize="none", dtype="float32", dim=6, count=100)
-    stats = FeatureStats(mu, sigma, facts)
-    save_stats(stats, tmp_path / "real.safetensors")
-    back = load_stats(tmp_path / "real.safetensors")
-    assert back.facts == facts
-    assert torch.equal(back.mu, mu)
-    assert torch.equal(back.sigma, sigma)
-    assert stats.distance(back) < 1e-10
-    other = FeatureStats(mu, sigma, StatsFacts("lenet", "cd", "none", "float32", 6, 100))
-    with pytest.raises(ValueError, match="weights_hash is 'ab' on one side and 'cd'"):
-        stats.distance(other)
-    assert [p.name for p in tmp_path.iterdir()] == ["real.safetensors"]
-
-
-@pytest.mark.parametrize("content", [None, b"", b"rubbish" * 10])
-def test_a_damaged_statistics_file_is_named(content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / "real.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"real\.safetensors holds no feature statistics"):
-        load_stats(path)
 
 
 @pytest.mark.gpu

@@ -46,6 +46,23 @@ def test_a_file_of_other_things_holds_no_sums(tmp_path: Path) -> None:
         load_sums(tmp_path / "nowhere.safetensors")
 
 
+def test_statistics_come_back_from_their_file(tmp_path: Path) -> None:
+    stats = FeatureStats(*sums().mean_cov(), FACTS)
+    save_stats(stats, tmp_path / "real.safetensors")
+    back = load_stats(tmp_path / "real.safetensors")
+    assert back.facts == FACTS and torch.equal(back.mu, stats.mu) and torch.equal(back.sigma, stats.sigma)
+    assert [path.name for path in tmp_path.iterdir()] == ["real.safetensors"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"rubbish" * 10])
+def test_a_damaged_statistics_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "real.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"real\.safetensors holds no feature statistics"):
+        load_stats(path)
+
+
 @pytest.mark.parametrize(("fact", "value"), [("detector", "dinov2"), ("weights_hash", "cd"), ("dim", 2)])
 def test_statistics_of_other_facts_have_no_distance(fact: str, value: object) -> None:
     stats = FeatureStats(*sums().mean_cov(), FACTS)
