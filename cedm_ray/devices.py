@@ -1,4 +1,4 @@
-"""Where is computed."""
+"""The device to compute on, where nobody names one, and the one that a network lies on."""
 
 import torch
 from torch import nn
