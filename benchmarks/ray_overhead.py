@@ -149,7 +149,7 @@ class Bench:
         job, ledger = planner.job(params), Ledger(self.ctx, planner)
         source = OneTraining(ledger, params, job.rungs_kimg, pausing=pausing)
         started_s = time.monotonic()
-        tune_trials(self.ctx, ledger, f"trial-{params['train_seed']}", cast(Any, None), source, at_once=1)
+        tune_trials(self.ctx, ledger, f"trial-{params['train_seed']}", cast(Any, None), source, at_once=lambda: 1)
         wall_s = time.monotonic() - started_s
         record = read_record(job.path)
         if record is None or record.state != "complete":
