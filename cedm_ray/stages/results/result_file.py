@@ -7,17 +7,17 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cedm_ray.granularity.decision import TieSet
-from cedm_ray.report.bound_figure import FittedCurve
+from pydantic import TypeAdapter, ValidationError
+
+from cedm_ray.errors import UserError
 from cedm_ray.report.read_run import RESULT_FILE, SO_FAR_FILE
-from cedm_ray.report.run import Run
+from cedm_ray.report.run import Run, damaged
 from cedm_ray.report.write import write_report
-from cedm_ray.stages.results.bounds import LowerBound, ProbeRecord, UpperBound
 from cedm_ray.stages.results.logged import track_result
 from cedm_ray.stages.results.result import SearchResult
 from cedm_ray.stages.storage.store import read_json, write_json
 from cedm_ray.stages.tracking import story
-from cedm_ray.stages.training.records import FinalScore, TrialRecord
+from cedm_ray.stages.training.records import TrialRecord
 
 if TYPE_CHECKING:
     from cedm_ray.stages.context import Context
@@ -49,30 +49,24 @@ def write_so_far(ctx: Context, base: Mapping[str, Any], records: Sequence[TrialR
 
 
 def read_result(folder: Path) -> SearchResult | None:
-    """The result of a finished run, or None."""
+    """The result of a finished run, or None.
+
+    Raises:
+        UserError: If a value is missing or of the wrong kind.
+    """
     tree = read_json(folder / RESULT_FILE)
     if tree is None:
         return None
-    tree["trials"] = tuple(TrialRecord(**{**trial, "rungs": tuple(trial["rungs"])}) for trial in tree["trials"])
-    if tree["upper_bound"] is not None:
-        tree["upper_bound"] = _upper_bound(tree["upper_bound"])
-    if tree["lower_bound"] is not None:
-        tree["lower_bound"] = LowerBound(tuple((given, used) for given, used in tree["lower_bound"]["used"]))
-    tree["tie_set"] = TieSet(**{**tree["tie_set"], "clusters": tuple(tree["tie_set"]["clusters"])})
-    for name in ("metrics", "pareto", "searched"):
-        tree[name] = None if tree[name] is None else tuple(tree[name])
-    tree["mosaics"] = {int(c): file for c, file in tree["mosaics"].items()}
-    final = FinalScore(**{**tree["final"], "scores": tuple(tree["final"].get("scores", ()))})
-    return SearchResult(**{**tree, "final": final})
+    what = f"the result of {folder}"
+    if not isinstance(tree, dict):
+        raise UserError(damaged(what, "it holds no map"))
+    try:
+        found = _RESULT.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(damaged(what, f"{place}: {first['msg'].lower()}")) from error
+    return found
 
 
-def _upper_bound(tree: Mapping[str, Any]) -> UpperBound:
-    probes, curve, interval = tree["probes"], tree["curve"], tree["interval"]
-    return UpperBound(
-        **{
-            **tree,
-            "interval": None if interval is None else tuple(interval),
-            "probes": tuple(ProbeRecord(**probe) for probe in probes),
-            "curve": None if curve is None else FittedCurve(**{name: tuple(line) for name, line in curve.items()}),
-        }
-    )
+_RESULT = TypeAdapter(SearchResult)

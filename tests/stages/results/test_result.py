@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from cedm_ray.errors import UserError
 from cedm_ray.granularity.decision import TieSet
 from cedm_ray.report.bound_figure import FittedCurve
 from cedm_ray.stages.results.bounds import LowerBound, ProbeRecord, UpperBound
@@ -69,6 +71,39 @@ def test_what_is_kept_as_json_is_read_as_it_was(result: SearchResult, changed: d
     wanted = replace(result, **changed)
     (tmp_path / "result.json").write_text(json.dumps(asdict(wanted)))
     assert read_result(tmp_path) == wanted
+
+
+def without(*path: str | int) -> Callable[[Any], Any]:
+    """Removes what stands at a place in a tree."""
+
+    def remove(tree: Any) -> Any:
+        held = tree
+        for part in path[:-1]:
+            held = held[part]
+        del held[path[-1]]
+        return tree
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda _: [], "it holds no map"),
+        (without("metric"), "metric: field required"),
+        (without("best"), "best: field required"),
+        (without("trials", 1, "state"), r"trials\.1\.state: field required"),
+        (without("upper_bound", "probes", 0, "ratio"), r"upper_bound\.probes\.0\.ratio: field required"),
+        (lambda tree: {**tree, "best": "many"}, "best: input should be a valid integer"),
+    ],
+    ids=["no map", "no metric", "no best", "no state", "no ratio", "no number"],
+)
+def test_a_damaged_result_is_refused_in_one_line(
+    result: SearchResult, damage: Callable[[Any], Any], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(damage(json.loads(json.dumps(asdict(result))))))
+    with pytest.raises(UserError, match=f"the result of {tmp_path} is damaged .{why}.*; remove that file and run"):
+        read_result(tmp_path)
 
 
 def printed(result: SearchResult) -> str:
