@@ -26,11 +26,11 @@ from cedm_ray.stages.context import Context
 from cedm_ray.stages.results.exported import ExportedModel, open_confidence, open_exported
 from cedm_ray.stages.storage.bucket_entries import here
 from cedm_ray.stages.storage.bucket_files import fetch_files, keep_files
-from cedm_ray.stages.storage.checkpoints import weights_file, whole
+from cedm_ray.stages.storage.checkpoints import weights_file
 from cedm_ray.stages.storage.paths import absolute
 from cedm_ray.stages.storage.store import Store
 from cedm_ray.stages.training.ledger import Ledger
-from cedm_ray.stages.training.records import unconditional_record
+from cedm_ray.stages.training.records import last_checkpoint, unconditional_record
 from cedm_ray.stages.training.trial_job import TrialJob
 from cedm_ray.weights.files import fill
 from cedm_ray.weights.whole_file import whole_file
@@ -213,14 +213,15 @@ def make_confidence(ctx: Context, ledger: Ledger, job: TrialJob, export: Path) -
 def _unconditional(ledger: Ledger) -> tuple[str, Unconditional] | None:
     """The complete training without a condition, with what stands for its weights.
 
-    None where it was not asked for, or where its checkpoint is torn.
+    None where it was not asked for, or where no checkpoint of it is whole.
     """
     record = unconditional_record(ledger.records)
     if record is None:
         return None
-    newest, diffusion = record.rungs[-1], ledger.planner.job(record.params).diffusion
-    checkpoint = whole(Path(newest["checkpoint_path"]), newest["nimg"])
-    return None if checkpoint is None else (f"{record.key}-{newest['kimg']}", Unconditional(checkpoint, diffusion))
+    checkpoint, diffusion = last_checkpoint(record), ledger.planner.job(record.params).diffusion
+    if checkpoint is None:
+        return None
+    return f"{record.key}-{record.rungs[-1]['kimg']}", Unconditional(checkpoint, diffusion)
 
 
 def _rank(

@@ -29,10 +29,10 @@ from cedm_ray.stages.inputs.scoring import Reference
 from cedm_ray.stages.results.export import export_model
 from cedm_ray.stages.results.exported import EXPORT_FOLDER
 from cedm_ray.stages.storage.bucket_files import fetch_files
-from cedm_ray.stages.storage.checkpoints import intact, whole
+from cedm_ray.stages.storage.checkpoints import intact
 from cedm_ray.stages.storage.store import Store, read_json, write_json
 from cedm_ray.stages.training.ledger import Ledger
-from cedm_ray.stages.training.records import FinalScore, TrialRecord, unconditional_record
+from cedm_ray.stages.training.records import FinalScore, last_checkpoint, unconditional_record
 from cedm_ray.stages.training.trial_job import TrialJob
 from cedm_ray.stages.training.trials import TrialSource, tune_trials
 from cedm_ray.stages.training.worker import samples_stats_file
@@ -51,7 +51,7 @@ def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Em
     """
     total_kimg, best = ctx.config.final.total_kimg, decision.best
     job = ledger.planner.job(best.params, total_kimg=total_kimg)
-    if not job.finally_scored(best.rungs[-1]) or _checkpoint(best) is None:
+    if not job.finally_scored(best.rungs[-1]) or last_checkpoint(best) is None:
         with ctx.terminal.stage(f"training {best.label} on to {total_kimg:,} kimg", ctx.board):
             source = TrialSource(ledger, [best.params])
             tune_trials(ctx, ledger, "final", embeddings, source, at_once=lambda: 1, total_kimg=total_kimg)
@@ -59,7 +59,7 @@ def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Em
     last = record.rungs[-1]
     if record.state != "complete" or not job.finally_scored(last):
         raise RuntimeError(f"training {best.label} to the full budget failed: {record.reason}")
-    checkpoint = _checkpoint(record)
+    checkpoint = last_checkpoint(record)
     if checkpoint is None:
         raise UserError(f"no checkpoint of {best.label} is whole under {job.checkpoints}; run the same command again")
     with ctx.terminal.stage(f"evaluating {best.label}", ctx.board):
@@ -79,12 +79,6 @@ def train_final(ctx: Context, ledger: Ledger, decision: Decision, embeddings: Em
     facts = {"score": asdict(final), "metric": job.scoring.metric, "tie_set": asdict(decision.ties)}
     export_model(job, checkpoint, export, facts)
     return final
-
-
-def _checkpoint(record: TrialRecord) -> Path | None:
-    """The checkpoint of a trial's last report, if it is whole."""
-    last = record.rungs[-1]
-    return whole(Path(last["checkpoint_path"]), last["nimg"]) if "checkpoint_path" in last else None
 
 
 def _distances(job: TrialJob, rung: Mapping[str, Any]) -> list[Score]:
@@ -114,7 +108,7 @@ def evaluate_final(ctx: Context, ledger: Ledger, job: TrialJob, embeddings: Embe
     if known is not None and known["key"] == key:
         return [Score(**score) for score in known["scores"]]
     other, test = unconditional_record(ledger.records), _test_images(ctx)
-    unconditional = None if other is None else _checkpoint(other)
+    unconditional = None if other is None else last_checkpoint(other)
     if other is not None and unconditional is None:
         ctx.terminal.line(f"  {other.label} is left out of the scores: its checkpoint is torn", style="yellow")
     task = ray.remote(_evaluate).options(num_cpus=ctx.shares.cpus_per_probe, num_gpus=ctx.shares.gpus_per_probe)

@@ -207,6 +207,16 @@ def test_a_search_ranks_once_and_again_when_either_model_was_trained_on(
     assert read_confidence(third).unconditional is None
 
 
+def test_without_a_checkpoint_of_the_unconditional_training_the_other_models_images_are_left_out(
+    run: Path, unconditional: Unconditional, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Search(tmp_path, unconditional, monkeypatch)
+    record = search.ledger.records[-1]
+    record.rungs = ({name: value for name, value in record.rungs[0].items() if name != "checkpoint_path"},)
+    made = search.make(run / "export")
+    assert made is not None and read_confidence(made).unconditional is None
+
+
 def test_a_search_without_a_head_ranks_nothing(
     run: Path, unconditional: Unconditional, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
