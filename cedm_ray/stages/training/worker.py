@@ -138,7 +138,7 @@ class Worker:
             chosen = "" if found is None else str(found.folder)
             for line in set_aside:
                 if self.scorer.board is not None:
-                    self.scorer.board.say(f"  {self.job.label}: {line}")
+                    self.scorer.board.say(f"{self.job.label}: {line}")
         if dist.is_initialized():
             chosen = broadcast_text(chosen, self._device)
         if not chosen:
