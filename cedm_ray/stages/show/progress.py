@@ -41,6 +41,11 @@ class Work:
         return said if left_s is None else f"{said}, {duration(left_s)} left"
 
 
+def scoring_label(label: str) -> str:
+    """What the scoring of a training is called, by which it is told from the training itself."""
+    return f"{label} scoring"
+
+
 def duration(seconds: float) -> str:
     """Seconds as ``42 s``, ``3 min 05 s`` or ``2 h 07 min``."""
     whole = round(seconds)

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cedm_ray.stages.show.progress import TrialFacts, Work, duration
+from cedm_ray.stages.show.progress import TrialFacts, Work, duration, scoring_label
 
 STYLES = {"training": "cyan", "scoring": "cyan", "complete": "green", "failed": "red", "stopped": "dim"}
 HINT = "Ctrl-C ends the search at the next checkpoints"
@@ -81,7 +81,7 @@ def table_rows(moment: Moment) -> list[Row]:
     busy: list[Row] = []
     idle: list[Row] = []
     for trial in moment.trials:
-        training, scoring = works.pop(trial.label, None), works.pop(f"{trial.label} scoring", None)
+        training, scoring = works.pop(trial.label, None), works.pop(scoring_label(trial.label), None)
         work = scoring or training
         if work is not None:
             state = "scoring" if scoring else "training"

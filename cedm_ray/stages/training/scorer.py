@@ -20,6 +20,7 @@ from cedm_ray.metrics.detectors import features_and_logits
 from cedm_ray.metrics.frechet import FeatureSums
 from cedm_ray.metrics.stats import FeatureStats
 from cedm_ray.stages.cluster.board import Beat, Board
+from cedm_ray.stages.show.progress import scoring_label
 from cedm_ray.stages.storage.bucket_files import keep_file
 from cedm_ray.stages.training.trial_job import TrialJob
 from cedm_ray.weights.whole_file import whole_file
@@ -132,7 +133,7 @@ class Scorer:
             yield from batches
             return
         self.board.remove(self.job.key)
-        beat = Beat(self.board, self.job.score_key, f"{self.job.label} scoring", num_images, "images")
+        beat = Beat(self.board, self.job.score_key, scoring_label(self.job.label), num_images, "images")
         done = 0
         try:
             for images in batches:
