@@ -119,15 +119,16 @@ def whole_files(storage: Path) -> dict[Path, str]:
     found: set[Path] = set()
     for facts in storage.glob("store/*/[0-9a-f]*/facts.json"):
         found.update(file for file in facts.parent.rglob("*") if file.is_file())
-    for rung in rungs(storage):
-        if "checkpoint_path" in rung:
-            found.update(file for file in Path(rung["checkpoint_path"]).rglob("*") if file.is_file())
+    for folder in (folder for folders in checkpoints_of(storage) for folder in folders):
+        found.update(file for file in folder.rglob("*") if file.is_file())
     return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in found if ".torn" not in str(file)}
 
 
-def rungs(storage: Path) -> list[dict[str, Any]]:
+def checkpoints_of(storage: Path) -> list[list[Path]]:
+    """The checkpoints that each trial's record names, the newest last."""
     records = [json.loads(file.read_text()) for file in storage.glob("store/trials/*/trial.json")]
-    return [rung for record in records for rung in record["rungs"]]
+    return [[Path(rung["checkpoint_path"]) for rung in record["rungs"] if "checkpoint_path" in rung]
+            for record in records]  # fmt: skip
 
 
 def states(storage: Path) -> set[str]:
@@ -135,8 +136,8 @@ def states(storage: Path) -> set[str]:
 
 
 def harmed(ran: Ran, storage: Path) -> list[str]:
-    """What was whole and is not as it was; an old checkpoint may have been thinned, the newest one may not."""
-    newest = {Path(rung["checkpoint_path"]) for rung in rungs(storage)[-1:] if "checkpoint_path" in rung}
+    """What was whole and is not as it was; an old checkpoint may have been thinned, a trial's newest may not."""
+    newest = {folder for folders in checkpoints_of(storage) for folder in folders[-1:]}
     bad = []
     for file, digest in ran.kept.items():
         if not file.is_file():
