@@ -211,9 +211,9 @@ def _tracked(
 
     tracker = _tracker(config, name, folder, terminal)
     tags = {"stage": "search", "dataset": name, "state": "running", "skipped_images": skipped}
-    run_id, state, wait_s = "", "interrupted", CLOSE_WAIT_S
+    parent, state, wait_s = "", "interrupted", CLOSE_WAIT_S
     try:
-        run_id = tracker.start(key, folder.name, flat(settings_of(config)), tags)
+        parent = tracker.start(key, folder.name, flat(settings_of(config)), tags)
         yield tracker
         state = "complete"
     except Exception as error:
@@ -224,8 +224,8 @@ def _tracked(
         raise
     finally:
         try:
-            if run_id:
-                tracker.end(run_id, state)
+            if parent:
+                tracker.end(parent, state)
         finally:
             tracker.close(wait_s)
 

@@ -189,7 +189,7 @@ class Watch:
             if self._told.get(pair) != each.num_runs:
                 self._told[pair] = each.num_runs
                 name = f"rank_correlation_{each.low_kimg}_{each.high_kimg}_kimg"
-                tracker.points(tracker.parent_id, {name: each.spearman}, step=each.num_runs)
+                tracker.points(tracker.parent_key, {name: each.spearman}, step=each.num_runs)
         bad = disagreement(agreements)
         if bad is not None and not self._warned:
             self._warned = True

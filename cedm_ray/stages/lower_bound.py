@@ -52,7 +52,7 @@ def find_lower_bound(ctx: Context, embeddings: Embeddings, end: int) -> LowerBou
     write_json(ctx.folder / "lower_bound.json", {**asdict(found), "mean": found.mean, "std": found.std})
     tracker = ctx.tracker
     for name, value in (("lower_bound", found.mean), ("lower_bound_std", found.std)):
-        tracker.series(tracker.parent_id, name, [value])  # once, however often the search goes on
+        tracker.series(tracker.parent_key, name, [value])  # once, however often the search goes on
     if config.bound.from_lower and found.start >= end:
         raise UserError(
             f"{found.sentence()}: nothing lies between {found.start} and {end}, the upper end of C_max's interval; "

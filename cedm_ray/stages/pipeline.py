@@ -139,7 +139,7 @@ def _base(
         "searched": (points.start, points.stop) if points else None,
         "tracking_uri": ctx.tracker.uri,
         "ui_command": ui_command(ctx.tracker.uri),
-        "run_id": ctx.tracker.parent_id,
+        "run_id": _run_id(ctx),
     }
 
 
@@ -153,8 +153,8 @@ def _result(
     work: Workload,
 ) -> SearchResult:
     """All that the search has found."""
-    parent = ctx.tracker.parent_id  # MLflow's id may have become known since the search began
-    named = {"run_id": ctx.tracker.run_id(parent) or parent, "page": ctx.tracker.page(parent)}
+    # MLflow's id may have become known since the search began.
+    named = {"run_id": _run_id(ctx), "page": ctx.tracker.page(ctx.tracker.parent_key)}
     records = ledger.records
     return SearchResult(
         **base | named,
@@ -167,6 +167,11 @@ def _result(
         confidence=None if confidence is None else str(confidence),
         costs=costs(Spent.of(records), work),
     )
+
+
+def _run_id(ctx: Context) -> str:
+    """MLflow's id of the search's run, or our key of it while MLflow has not said it."""
+    return ctx.tracker.run_id(ctx.tracker.parent_key) or ctx.tracker.parent_key
 
 
 def _mosaics(ledger: Ledger) -> dict[int, str]:
@@ -183,7 +188,7 @@ def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:
         return
     votes = min(VOTING_NEIGHBORS, ctx.config.num_neighbors)
     accuracy = knn_accuracy(embeddings.neighbors, labels, votes)
-    ctx.tracker.metrics(ctx.tracker.parent_id, {f"knn_accuracy_{votes}": accuracy}, kimg=0)
+    ctx.tracker.metrics(ctx.tracker.parent_key, {f"knn_accuracy_{votes}": accuracy}, kimg=0)
     ctx.terminal.line(f"the embeddings' {votes} nearest neighbours name {accuracy:.1%} of the labels")
 
 

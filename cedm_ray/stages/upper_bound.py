@@ -111,4 +111,4 @@ def _keep(ctx: Context, found: UpperBound) -> None:
         confidence=found.confidence,
     )
     write_page(figure, ctx.folder / FIGURE)
-    ctx.tracker.artifact(ctx.tracker.parent_id, ctx.folder / FIGURE)
+    ctx.tracker.artifact(ctx.tracker.parent_key, ctx.folder / FIGURE)

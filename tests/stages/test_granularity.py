@@ -209,7 +209,7 @@ class Watched:
         self.said: list[tuple[str, str]] = []
         self.speeds = [KnownSpeed(1234.5, "measured")]
         tracker = SimpleNamespace(
-            parent_id="parent",
+            parent_key="parent",
             points=lambda run, values, step: self.points.extend((name, value, step) for name, value in values.items()),
         )
         terminal = SimpleNamespace(line=lambda text, style="": self.said.append((text.strip(), style)))

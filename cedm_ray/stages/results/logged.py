@@ -24,22 +24,23 @@ def track_result(tracker: Tracker, result: SearchResult, files: Sequence[Path]) 
         result: What was found.
         files: Tables and pictures of the report.
     """
-    tracker.points(result.run_id, _figures(result))
+    run = tracker.parent_key
+    tracker.points(run, _figures(result))
     series = f"{series_name(result.metric, result.num_images)}_by_clusters"
     for row in result.view.rows():
         if row.grouping == result.grouping and row.train_seed is None and row.score is not None:
-            tracker.points(result.run_id, {series: row.score}, step=row.num_clusters)
+            tracker.points(run, {series: row.score}, step=row.num_clusters)
     for probe in result.upper_bound.probes if result.upper_bound else ():
         name = "utilization_ratio_by_clusters" + ("" if probe.fidelity == "full" else "_low_fidelity")
-        tracker.points(result.run_id, {name: probe.ratio}, step=probe.num_clusters)
+        tracker.points(run, {name: probe.ratio}, step=probe.num_clusters)
     for file in files:
-        tracker.artifact(result.run_id, file)
+        tracker.artifact(run, file)
     for file in story.smaller(files, Path(result.folder) / story.SMALL):
-        tracker.artifact(result.run_id, file, story.SMALL)
+        tracker.artifact(run, file, story.SMALL)
     for file in sorted(Path(result.final.export).iterdir()):
-        tracker.artifact(result.run_id, file, "export")
+        tracker.artifact(run, file, "export")
     factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(result.view)}
-    tracker.points(result.run_id, {name: factor for name, factor in factors.items() if factor is not None})
+    tracker.points(run, {name: factor for name, factor in factors.items() if factor is not None})
 
 
 def _figures(result: SearchResult) -> dict[str, float]:

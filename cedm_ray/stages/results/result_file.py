@@ -32,7 +32,7 @@ def write_result(ctx: Context, result: SearchResult) -> None:
     files = write_report(run, ctx.folder)
     track_result(ctx.tracker, result, files)
     story.tell(ctx.tracker, run, result.facts(), {file.name for file in files})
-    ctx.tracker.end(ctx.tracker.parent_id, "complete")  # a search that is done is not opened again to say so
+    ctx.tracker.end(ctx.tracker.parent_key, "complete")  # a search that is done is not opened again to say so
     write_json(ctx.folder / RESULT_FILE, asdict(result))
     (ctx.folder / SO_FAR_FILE).unlink(missing_ok=True)
 

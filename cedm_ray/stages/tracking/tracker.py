@@ -76,12 +76,13 @@ class Tracker:
     ) -> None:
         self._delivery = Delivery(uri, experiment, artifacts)
         self._delivery.first_connect()
-        self._scratch = None if folder else TemporaryDirectory(prefix="cedm_ray-")
-        file = (folder or Path(self._scratch.name if self._scratch else "")) / OUTBOX_FILE
-        self._say, self.uri, self.parent_id = say, shown(uri), ""
-        """``parent_id`` names the search's own run: MLflow's id if it is known when the search starts, else our key."""
-        self._parent, self._keys = "", dict[str, str]()  # keys of runs by MLflow's id
-        self._outbox = Outbox(file, key_of({"uri": uri, "experiment": experiment}), self._delivery.send, say)
+        if folder is None:
+            self._scratch = TemporaryDirectory(prefix="cedm_ray-")
+            folder = Path(self._scratch.name)
+        self._say, self.uri, self.parent_key = say, shown(uri), ""
+        """``parent_key`` names the search's own run, in the other methods and in links; empty before :meth:`start`."""
+        store = key_of({"uri": uri, "experiment": experiment})
+        self._outbox = Outbox(folder / OUTBOX_FILE, store, self._delivery.send, say)
         self._told: set[Hashable] = set()
         self._open_now: set[str] = set()
         self._said: dict[tuple[str, str], Any] = {}  # what was last said of a run, by kind
@@ -94,34 +95,28 @@ class Tracker:
         atexit.register(self.close)
 
     def start(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
-        """Open the parent run of a search, or go on with it; returns what names it, as :attr:`parent_id`."""
-        self._parent = key
+        """Open the parent run of a search, or go on with it; returns the key, which names it in the other methods.
+
+        Waits a while for MLflow's id of it (:meth:`run_id`).
+        """
+        self.parent_key = key
         self._open(key, {"parent": None, "key": key, "name": name}, params, tags)
         self._outbox.wait_for(lambda: key in self._delivery.ids, START_WAIT_S)
-        self.parent_id = self.run_id(key) or key
-        return self.parent_id
+        return key
 
     def child(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> str:
         """Open the child run of a trial, or go on with it; returns what names it in the other methods."""
-        run = f"{self._parent}/{key}"
-        self._open(run, {"parent": self._parent, "key": key, "name": name}, params, tags)
+        run = f"{self.parent_key}/{key}"
+        self._open(run, {"parent": self.parent_key, "key": key, "name": name}, params, tags)
         return run
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of a run, or None while MLflow has not said it."""
-        found = self._delivery.ids.get(self._key(run))
-        if found is not None:
-            self._keys[found] = self._key(run)
-        return found
-
-    @property
-    def parent_key(self) -> str:
-        """Our own name of the search's run, which links and pages call it by."""
-        return self._parent
+        return self._delivery.ids.get(run)
 
     def known(self, key: str) -> str | None:
         """What names the child run of this key, as :meth:`child` would return it; None where nobody has opened it."""
-        run = f"{self._parent}/{key}"
+        run = f"{self.parent_key}/{key}"
         return run if run in self._open_now or self._delivery.knows(run) else None
 
     def page(self, run: str) -> str | None:
@@ -131,9 +126,6 @@ class Tracker:
             return None
         root = self.uri.rstrip("/") if self.uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
         return f"{root}/{links.filled(links.page(run), experiment, lambda _: run_id)}"
-
-    def _key(self, run: str) -> str:
-        return self._keys.get(run, run)
 
     def _open(self, run: str, body: dict[str, Any], params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         if run in self._open_now:
@@ -149,7 +141,6 @@ class Tracker:
 
     def points(self, run: str, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics at a step of their own; a value that the run has at this step already is left out."""
-        run = self._key(run)
         marks = {name: ("points", run, name, step, written(value)) for name, value in _floats(values).items()}
         new = {name: float(values[name]) for name, mark in marks.items() if mark not in self._told}
         if new:
@@ -161,20 +152,20 @@ class Tracker:
             self._once("series", run, {"name": name, "values": [float(value) for value in values]})
 
     def _once(self, kind: str, run: str, body: Mapping[str, Any]) -> None:
-        marks = set(_marks(kind, self._key(run), body))
+        marks = set(_marks(kind, run, body))
         if not marks <= self._told:
-            self._outbox.put(kind, self._key(run), body)
+            self._outbox.put(kind, run, body)
             self._told |= marks
 
     def artifact(self, run: str, path: Path, folder: str | None = None) -> None:
         """Add a file to a run, as the file is when it is delivered."""
-        self._outbox.put("artifact", self._key(run), {"path": str(path.absolute()), "folder": folder})
+        self._outbox.put("artifact", run, {"path": str(path.absolute()), "folder": folder})
 
     def end(self, run: str, state: str, tags: Mapping[str, Any] | None = None) -> None:
         """Close a run; ``state`` is kept as a tag and decides MLflow's own status."""
         status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")
         told = _texts({"state": state, **(tags or {})})
-        self._outbox.put("end", self._key(run), {"status": status, "tags": told})
+        self._outbox.put("end", run, {"status": status, "tags": told})
 
     def describe(self, run: str, text: str) -> None:
         """The description that MLflow shows on the run's page: Markdown, with addresses from :mod:`.links`."""
@@ -182,18 +173,17 @@ class Tracker:
 
     def view(self, name: str, view: Mapping[str, Any]) -> None:
         """Keep a view of the experiment's runs, in the form of MLflow's own shared views, for :func:`.links.view`."""
-        self._say_last("view", self._parent, {"name": name, "view": view})
+        self._say_last("view", self.parent_key, {"name": name, "view": view})
 
     def _say_last(self, kind: str, run: str, body: Mapping[str, Any]) -> None:
         """Of these the last one counts; what says the same as the one before is left out."""
-        run = self._key(run)
         if self._said.get((kind, run)) != body:
             self._said[kind, run] = body
             self._outbox.put(kind, run, body)
 
     def _tag(self, run: str, tags: Mapping[str, Any]) -> None:
         if _texts(tags):
-            self._outbox.put("tags", self._key(run), {"tags": _texts(tags)})
+            self._outbox.put("tags", run, {"tags": _texts(tags)})
 
     def close(self, timeout_s: float = CLOSE_WAIT_S) -> int:
         """Wait until MLflow has everything, at most so long, and end; returns the number of operations that are left.

@@ -145,12 +145,14 @@ def test_a_search_over_nothing_and_a_capped_one_say_so(result: SearchResult) -> 
 class Told:
     """What MLflow's run is told."""
 
+    parent_key = "key"
+
     def __init__(self) -> None:
         self.values: dict[tuple[str, int], float] = {}
         self.files: list[tuple[str | None, str]] = []
 
     def points(self, run: str, values: dict[str, float], step: int = 0) -> None:
-        assert run == "run"
+        assert run == self.parent_key
         self.values |= {(name, step): value for name, value in values.items()}
 
     def artifact(self, run: str, path: Path, folder: str | None = None) -> None:

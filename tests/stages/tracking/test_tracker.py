@@ -47,7 +47,7 @@ def history(storage: Path, run_id: str, name: str) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_search_that_goes_on_finds_its_runs_and_doubles_no_point(storage: Path, tmp_path: Path, kept: bool) -> None:
-    key, ids = f"key {kept}", []
+    key, ids = f"key {kept}", list[tuple[Any, Any]]()
     for attempt in range(2):
         track = tracker(storage, tmp_path)
         parent = track.start(key, "digits-1", {"seed": 0}, {"state": "running"})
@@ -62,15 +62,16 @@ def test_a_search_that_goes_on_finds_its_runs_and_doubles_no_point(storage: Path
             track.end(child, "complete", {"rung_kimg": 8})
             track.end(parent, "complete")
         assert track.close() == 0
-        ids.append((parent, track.run_id(parent), track.run_id(child)))
+        ids.append((track.run_id(parent), track.run_id(child)))
         if not kept:  # as in a storage of an older version, or after somebody has tidied up
             (tmp_path / OUTBOX_FILE).unlink()
-    assert ids[0] == ids[1] and ids[0][0] == ids[0][1] and ids[0][2] is not None
-    run = client_of(storage).get_run(ids[0][2])
-    assert history(storage, ids[0][2], "score") == [(2, 8.0), (4, 6.0), (8, 1.5)]
-    assert history(storage, ids[0][2], "head_loss") == [(0, 3.0), (1, 2.0)]
-    assert history(storage, ids[0][0], "c_max") == [(0, 17.0)]
-    assert run.data.tags["mlflow.parentRunId"] == ids[0][0] and run.info.run_name == "C=7"
+    assert ids[0] == ids[1] and None not in ids[0]
+    parent_id, child_id = ids[0]
+    run = client_of(storage).get_run(child_id)
+    assert history(storage, child_id, "score") == [(2, 8.0), (4, 6.0), (8, 1.5)]
+    assert history(storage, child_id, "head_loss") == [(0, 3.0), (1, 2.0)]
+    assert history(storage, parent_id, "c_max") == [(0, 17.0)]
+    assert run.data.tags["mlflow.parentRunId"] == parent_id and run.info.run_name == "C=7"
     assert run.info.status == "FINISHED" and run.data.tags["state"] == "complete" and run.data.tags["rung_kimg"] == "8"
     assert run.data.params == {"num_clusters": "7"}
 
@@ -102,7 +103,8 @@ def test_two_values_at_one_step_are_two_points_and_the_same_value_is_one(storage
             track.points(run, {"ratio": value}, step=20)
         assert track.close() == 0
         (tmp_path / OUTBOX_FILE).unlink()
-    assert history(storage, run, "ratio") == [(20, 0.97), (20, 0.98), (20, delivery.MAX_FLOAT)]
+    run_id = run_named(storage, run).info.run_id
+    assert history(storage, run_id, "ratio") == [(20, 0.97), (20, 0.98), (20, delivery.MAX_FLOAT)]
 
 
 class Flaky:
@@ -193,7 +195,7 @@ def test_a_server_that_is_down_at_the_start_stops_nothing_and_another_store_gets
     track.describe(parent, "what was found")
     track.end(child, "complete")
     assert time.monotonic() - began < tracking.START_WAIT_S
-    assert parent == track.parent_id == "down" and track.run_id(parent) is None
+    assert parent == track.parent_key == "down" and track.run_id(parent) is None
     assert track.close(0.2) == 36
     assert len(said) == 2 and "does not answer" in said[0] and "refused" in said[0]
     assert said[1] == f"MLflow has not got 36 operations; {tmp_path / OUTBOX_FILE} keeps them for the next run"
@@ -212,11 +214,12 @@ def test_a_server_that_is_down_at_the_start_stops_nothing_and_another_store_gets
 def test_a_run_that_somebody_deleted_is_made_again(storage: Path, tmp_path: Path) -> None:
     track = tracker(storage, tmp_path)
     first = track.start("deleted", "a", {"seed": 0}, {})
-    client_of(storage).delete_run(first)
+    first_id = track.run_id(first)
+    client_of(storage).delete_run(first_id)
     track.points(first, {"c_max": 17.0})
     assert track.close() == 0
     run = run_named(storage, "deleted")
-    assert run.info.run_id != first and run.data.params == {"seed": "0"} and run.data.metrics == {"c_max": 17.0}
+    assert run.info.run_id != first_id and run.data.params == {"seed": "0"} and run.data.metrics == {"c_max": 17.0}
 
 
 def test_what_mlflow_never_takes_holds_up_nothing(storage: Path, tmp_path: Path) -> None:
