@@ -182,7 +182,7 @@ def _mosaics(ledger: Ledger) -> dict[int, str]:
 
 
 def _tell_embeddings(ctx: Context, embeddings: Embeddings) -> None:
-    """How well the embeddings tell the classes apart, where there are any; nothing but the log hears of it."""
+    """Show and log how well the embeddings tell the classes apart, where there are any; nothing is decided by it."""
     labels = ctx.packed.class_labels
     if labels is None:
         return
