@@ -40,6 +40,7 @@ class Scorer:
         world_size: How many there are.
         device: On which this one computes.
         compute: How it computes.
+        board: Where the progress of scoring is told, if anybody wants to know.
     """
 
     def __init__(
@@ -51,17 +52,17 @@ class Scorer:
         world_size: int,
         device: torch.device,
         compute: Compute,
+        *,
+        board: Board | None = None,
     ) -> None:
         self.job, self.net, self.cluster_probs = job, net, cluster_probs
         self.rank, self.world_size, self.device, self.compute = rank, world_size, device, compute
-        self.batch_size = job.score.batch_size
+        self.batch_size, self._board = job.score.batch_size, board
         self.detectors = {ref.metric: ref.detector.load(device) for ref in job.scoring.references}
         self.stats: dict[str, FeatureStats] = {}
         """Of the last generated images; in the first process."""
         self.samples: Tensor | None = None
         """The first images of the first set."""
-        self.board: Board | None = None
-        """Where the progress of scoring is told, if anybody wants to know."""
 
     def sets(self, num_sets: int, num_images: int, *, keep_features: bool = False) -> dict[str, list[float]]:
         """The scores of each of several sets of images, by metric; the features of the first one are kept if asked."""
@@ -129,11 +130,11 @@ class Scorer:
 
     def _told(self, batches: Iterator[Tensor], num_images: int) -> Iterator[Tensor]:
         """The same batches; the first process tells how far scoring is, in place of how far training is."""
-        if self.board is None or self.rank:
+        if self._board is None or self.rank:
             yield from batches
             return
-        self.board.remove(self.job.key)
-        beat = Beat(self.board, self.job.score_key, scoring_label(self.job.label), num_images, "images")
+        self._board.remove(self.job.key)
+        beat = Beat(self._board, self.job.score_key, scoring_label(self.job.label), num_images, "images")
         done = 0
         try:
             for images in batches:
@@ -142,7 +143,7 @@ class Scorer:
                 beat(min(done, num_images))
         finally:
             beat.close()
-            self.board.open(self.job.key)
+            self._board.open(self.job.key)
 
     def _write_features(self, features: Mapping[str, list[Tensor]]) -> None:
         folder = self.job.features

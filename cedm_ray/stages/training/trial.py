@@ -167,8 +167,7 @@ def train_worker(loop: Mapping[str, Any]) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
     sharing = 1 / loop["gpus"] if loop["gpus"] else (os.cpu_count() or 1) / loop["threads"]
-    worker = Worker(job, rank, world_size, device, gpus=loop["gpus"], sharing=max(1.0, sharing))
-    worker.scorer.board = loop["board"]
+    worker = Worker(job, rank, world_size, device, gpus=loop["gpus"], sharing=max(1.0, sharing), board=loop["board"])
     try:
         for rung in worker.restore():
             ray.train.report(rung)  # Tune may not have heard of it before the interruption
@@ -185,11 +184,12 @@ def train_worker(loop: Mapping[str, Any]) -> None:
 
 
 def _report(worker: Worker, rung: Rung) -> None:
+    """Report a rung, and from rank 0 its checkpoint."""
+    if worker.rank != 0:
+        ray.train.report(rung)
+        return
+    need = _checkpoint_need(worker)
     with tempfile.TemporaryDirectory() as folder:
-        if worker.rank != 0:
-            ray.train.report(rung)
-            return
-        need = _checkpoint_need(worker)
         with written_to(Disk.temporary(Path(tempfile.gettempdir())), need):
             checkpoint = worker.checkpoint(Path(folder))
         with written_to(_storage(worker.job), need):

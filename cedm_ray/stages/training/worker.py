@@ -29,7 +29,7 @@ from cedm_ray.diffusion.train import Progress, train
 from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.metrics.stats import save_stats
 from cedm_ray.report.grids import sample_grid
-from cedm_ray.stages.cluster.board import Beat
+from cedm_ray.stages.cluster.board import Beat, Board
 from cedm_ray.stages.inputs.images import images_here
 from cedm_ray.stages.storage.bucket_entries import here
 from cedm_ray.stages.storage.bucket_files import fetch_files, follow, keep_file, look_for
@@ -72,6 +72,7 @@ class Worker:
         device: On which this one computes.
         gpus: GPUs that each of them asked for, where it computes on one.
         sharing: Processes, of all trainings, that share the memory of the device.
+        board: Where scoring and torn checkpoints are told, if anybody wants to know.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Worker:
         *,
         gpus: float = 1.0,
         sharing: float = 1.0,
+        board: Board | None = None,
     ) -> None:
         self.job, self.rank, self.world_size, self._device = job, rank, world_size, device
+        self._board = board
         halved = read_json(look_for(job.path / DEVICE_BATCH_FILE)) or {}
         self.compute = replace(decide(job.compute, device), **halved)
         packed = images_here(job.images)
@@ -109,7 +112,7 @@ class Worker:
                 sigma_data=job.diffusion.sigma_data,
             )
         self.state = new_state(net.to(device))
-        self.scorer = Scorer(job, self.state.ema, cluster_probs, rank, world_size, device, self.compute)
+        self.scorer = Scorer(job, self.state.ema, cluster_probs, rank, world_size, device, self.compute, board=board)
         self.rungs: list[Rung] = []
         self._local = local_batch(job.diffusion.total_batch, world_size)
         self.meter = Meter(device, world_size, gpus)
@@ -137,8 +140,8 @@ class Worker:
             found, set_aside = newest_whole(self.job.checkpoints)
             chosen = "" if found is None else str(found.folder)
             for line in set_aside:
-                if self.scorer.board is not None:
-                    self.scorer.board.say(f"{self.job.label}: {line}")
+                if self._board is not None:
+                    self._board.say(f"{self.job.label}: {line}")
         if dist.is_initialized():
             chosen = broadcast_text(chosen, self._device)
         if not chosen:
@@ -159,12 +162,7 @@ class Worker:
         """
         self.meter.start()
         started_s, started_nimg = time.monotonic(), self.state.nimg
-        losses: list[Tensor] = []
-        for progress in self._training(kimg * 1000):
-            losses.append(progress.loss)
-            if self.rank == 0:
-                beat(progress.nimg / 1000)
-        loss = self._loss(torch.stack(losses))  # waits for the device
+        loss = self._train(kimg * 1000, beat)
         trained_s = time.monotonic() - started_s
         rung: Rung = {
             "kimg": kimg,
@@ -174,22 +172,37 @@ class Worker:
             "precision": self.compute.precision,
             "sample_precision": self.compute.sample_precision,
             "device_batch": part_size(self._local, self.compute.device_batch),
+            **self._scores(last=kimg == self.job.search_kimg, lost=math.isnan(loss)),
         }
-        last = kimg == self.job.search_kimg
-        num_sets = self.job.score.num_sets if last else 1
-        if math.isnan(loss):  # images of such weights cost as much as others and say nothing
-            sets = {metric: [math.nan] * num_sets for metric in self.scorer.detectors}
-        else:
-            sets = self.scorer.sets(num_sets, self.job.score.num_images)
-        scores = {metric: statistics.fmean(values) for metric, values in sets.items()}
-        rung |= {"score": scores[self.job.scoring.metric], **scores, "num_images": self.job.score.num_images}
-        if last:
-            rung["score_sets"] = sets[self.job.scoring.metric]
         rung |= {"score_s": time.monotonic() - started_s - trained_s, **self.meter.read()}
         self.rungs.append(rung)
         return rung
 
-    def _training(self, stop_nimg: int) -> Iterator[Progress]:
+    def _train(self, stop_nimg: int, beat: Beat) -> float:
+        """Train until so many images have been seen; returns the loss, when the device has done all of it."""
+        losses: list[Tensor] = []
+        for progress in self._steps_to(stop_nimg):
+            losses.append(progress.loss)
+            if self.rank == 0:
+                beat(progress.nimg / 1000)
+        return self._loss(torch.stack(losses))
+
+    def _scores(self, *, last: bool, lost: bool) -> Rung:
+        """The scores of a rung, at the ``last`` one of the search from several sets of images; NaN of a lost training.
+
+        Images of such weights would cost as much as others and say nothing.
+        """
+        score, metric = self.job.score, self.job.scoring.metric
+        num_sets = score.num_sets if last else 1
+        if lost:
+            sets = {name: [math.nan] * num_sets for name in self.scorer.detectors}
+        else:
+            sets = self.scorer.sets(num_sets, score.num_images)
+        means = {name: statistics.fmean(values) for name, values in sets.items()}
+        found = {"score": means[metric], **means, "num_images": score.num_images}
+        return {**found, "score_sets": sets[metric]} if last else found
+
+    def _steps_to(self, stop_nimg: int) -> Iterator[Progress]:
         """The steps up to so many images seen; from rung to rung the network stays wrapped and compiled."""
         if self._steps is None:
             self._steps = train(

@@ -65,9 +65,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrialJob:
     )  # fmt: skip
 
 
-def worker(job: TrialJob, rank: int = 0, world_size: int = 1, **score: Any) -> Worker:
+def worker(job: TrialJob, rank: int = 0, world_size: int = 1, board: Any = None, **score: Any) -> Worker:
     """A worker whose network has been given some life: a fresh one answers the same to every condition."""
-    made = Worker(replace(job, score=replace(job.score, **score)), rank, world_size, CPU)
+    made = Worker(replace(job, score=replace(job.score, **score)), rank, world_size, CPU, board=board)
     torch.manual_seed(0)
     for parameter in made.state.ema.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
@@ -133,8 +133,8 @@ def test_conditions_follow_the_shares_or_are_uniform_over_the_used_clusters(job:
 
 
 def test_scoring_is_told_in_place_of_training(job: TrialJob) -> None:
-    told, silent = worker(job, batch_size=40), worker(job, rank=1, world_size=2)
-    told.scorer.board, silent.scorer.board = board, other = Mock(), Mock()
+    board, other = Mock(), Mock()
+    told, silent = worker(job, board=board, batch_size=40), worker(job, rank=1, world_size=2, board=other)
     told.scorer.score(0, NUM_IMAGES)
     silent.scorer.score(0, NUM_IMAGES)
     names = [call[0] for call in board.method_calls]
@@ -349,8 +349,8 @@ def test_a_training_goes_on_from_its_newest_whole_checkpoint_and_says_what_was_t
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(bytes(content))
-    again = worker(job)
-    again.scorer.board = board = Mock()
+    board = Mock()
+    again = worker(job, board=board)
     assert again.restore() == [{**first.rungs[0], "checkpoint_path": paths[0]}]
     (line,) = board.say.call_args.args
     assert line.startswith(f"C=4: checkpoint {paths[1]} is torn ({STATE_FILE} has another content than was written)")
