@@ -43,13 +43,12 @@ class Terminal:
         self.started_s = time.monotonic()
         self._screen = SCREENS[mode](self.console)
         self._trials: dict[str, TrialFacts] = {}
-        self._stage, self._board, self._outlook = "", None, str
+        self._stage = ""
+        self._board: WorkList | None = None
+        self._outlook: Callable[[], str] = str
         self._turn = threading.RLock()
         """Held while the works of a stage are read, so that it does not end meanwhile."""
-        self._depth, self._stop_told = 0, False
-
-    _board: WorkList | None
-    _outlook: Callable[[], str]
+        self._showing, self._stop_told = False, False
 
     def line(self, text: str, style: str = "", facts: Facts | None = None) -> None:
         """One line that stays, with the time since the start.
@@ -104,10 +103,10 @@ class Terminal:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Keep showing what moves until the block ends; such blocks may lie in one another."""
-        if self._depth:
+        if self._showing:
             yield
             return
-        self._depth = 1
+        self._showing = True
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(done,), daemon=True, name="terminal")
         self._screen.start()
@@ -116,9 +115,9 @@ class Terminal:
             yield
         finally:
             done.set()
-            watcher.join(timeout=6)
+            watcher.join(timeout=6)  # a board that does not answer is waited for 5 s
             self._screen.stop()
-            self._depth = 0
+            self._showing = False
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(progress.TICK_S):
