@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cedm_ray.addresses import without_credentials
 from cedm_ray.errors import UserError
 from cedm_ray.stages.show.progress import ErrorFacts, ResultFacts, RunsFacts, StoppedFacts
 from cedm_ray.stages.show.screens import json_line, standard_console
@@ -60,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             with _console(mode) as console:
                 return _failed(Terminal(console, mode), str(error), 2)
-    from cedm_ray.stages.tracking.outbox import shown
-
-    resume = shown(shlex.join(["python", "-m", "cedm_ray.search", *flags]))
+    resume = without_credentials(shlex.join(["python", "-m", "cedm_ray.search", *flags]))
     with _console(mode) as console:
         return _answer(settings, Terminal(console, mode), resume)
 

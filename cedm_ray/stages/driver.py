@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cedm_ray.addresses import without_credentials
 from cedm_ray.config import SearchConfig, fingerprint_tree
 from cedm_ray.data.pack import load_packed
 from cedm_ray.data.sources import ImageSource
@@ -33,7 +34,7 @@ from cedm_ray.stages.storage.lock import owned
 from cedm_ray.stages.storage.mirror import Mirror
 from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words, told_clearly
 from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
-from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal, shown
+from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.weights.listing import file_sha256
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """The settings as they are kept and logged: as plain JSON values, and without a name and a password in a URI."""
     tree = config.model_dump(mode="json")
-    return {**tree, "tracking_uri": tree["tracking_uri"] and shown(tree["tracking_uri"])}
+    return {**tree, "tracking_uri": tree["tracking_uri"] and without_credentials(tree["tracking_uri"])}
 
 
 def file_hashes(config: SearchConfig) -> dict[str, str]:

@@ -13,10 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from cedm_ray.addresses import without_credentials
 from cedm_ray.errors import UserError
 from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.tracking import links
-from cedm_ray.stages.tracking.outbox import Operation, OutageError, RefusedError, shown
+from cedm_ray.stages.tracking.outbox import Operation, OutageError, RefusedError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -107,7 +108,7 @@ class Delivery:
         thread.join(FIRST_WAIT_S["sqlite" if self._uri.startswith("sqlite") else "other"])
         if errors and not _is_away(errors[0], self._uri):
             raise UserError(
-                f"tracking store {shown(self._uri)} does not answer ({_reason(errors[0])}); start it, "
+                f"tracking store {without_credentials(self._uri)} does not answer ({_reason(errors[0])}); start it, "
                 f"or give another --tracking-uri"
             ) from errors[0]
 
@@ -275,5 +276,5 @@ def _reason(error: Exception) -> str:
     fault = find_fault(error)
     if fault is not None and fault.kind in ("full", "read-only"):  # SQLAlchemy begins with other things
         return f"its disk is {fault.kind}"
-    text = shown(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+    text = without_credentials(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
     return text if len(text) <= 200 else f"{text[:80]} ... {text[-110:]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -60,11 +59,6 @@ class Journal:
     def waiting(self) -> list[Operation]:
         """The operations that no store is known to have, in their order."""
         return [op for n, op in sorted(self.operations.items()) if n not in self.receipts and n not in self.elsewhere]
-
-
-def shown(uri: str) -> str:
-    """A text without the names and passwords that are part of its URIs."""
-    return re.sub(r"//[^/@\s]+@", "//", uri)
 
 
 def read_journal(file: Path) -> Journal:

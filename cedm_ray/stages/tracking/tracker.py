@@ -15,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cedm_ray.addresses import without_credentials
 from cedm_ray.stages.storage.store import key_of
 from cedm_ray.stages.tracking import links
 from cedm_ray.stages.tracking.delivery import Delivery, written
-from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, Outbox, shown
+from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, Outbox
 
 MAX_PARAM = 500
 UI_PORT = 5000
@@ -38,14 +39,14 @@ def ui_command(uri: str) -> str:
     The command is fit for pasting into a shell; a name and a password in an address are left out.
     """
     if uri.startswith(("http://", "https://")):
-        return shown(uri)
+        return without_credentials(uri)
     program = Path(sys.executable).with_name("mlflow")
     with contextlib.suppress(ValueError):
         program = program.relative_to(Path.cwd())
     # One worker and no job runner: answers in seconds, where the default takes most of a minute on two cores.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program} server --workers 1 --host 127.0.0.1 --port {UI_PORT} "
-        f"--backend-store-uri '{shown(uri)}'"
+        f"--backend-store-uri '{without_credentials(uri)}'"
     )
 
 
@@ -79,7 +80,7 @@ class Tracker:
         if folder is None:
             self._scratch = TemporaryDirectory(prefix="cedm_ray-")
             folder = Path(self._scratch.name)
-        self._say, self.uri, self.parent_key = say, shown(uri), ""
+        self._say, self.uri, self.parent_key = say, without_credentials(uri), ""
         """``parent_key`` names the search's own run, in the other methods and in links; empty before :meth:`start`."""
         store = key_of({"uri": uri, "experiment": experiment})
         self._outbox = Outbox(folder / OUTBOX_FILE, store, self._delivery.send, say)
