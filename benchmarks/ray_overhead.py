@@ -51,7 +51,7 @@ from cedm_ray.stages.cluster.connection import connected
 from cedm_ray.stages.context import Context
 from cedm_ray.stages.inputs.images import pack_images
 from cedm_ray.stages.inputs.scoring import prepare_scoring
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.terminal import Terminal
 from cedm_ray.stages.storage.store import Store
 from cedm_ray.stages.tracking.tracker import Tracker, database_uri
@@ -315,7 +315,7 @@ def main() -> None:
     terminal = Terminal()
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder)
-        with noise_to(storage / "log", terminal.console):
+        with output_to(storage / "log", terminal.console):
             found = measure(args, storage, terminal)
     for name in ("start_s", "per_resume_s", "per_rung_s", "checkpoint_copy_s", "per_step_s"):
         print(f"{name:>18}: {found[name]}")

@@ -20,7 +20,7 @@ from cedm_ray.stages.checkup.inputs import open_images, settings_findings, weigh
 from cedm_ray.stages.checkup.quick import Finding, quick_findings
 from cedm_ray.stages.checkup.storage import is_server, server_finding
 from cedm_ray.stages.checkup.versions import import_finding
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.terminal import Terminal
 
 USAGE = """python -m cedm_ray.doctor [--json] [FLAGS]: what this machine or cluster lacks for a search with these flags.
@@ -64,7 +64,7 @@ def _cluster(config: SearchConfig, pile: Pile | None, terminal: Terminal) -> lis
     # Ray takes seconds to import.
     from cedm_ray.stages.checkup.nodes import cluster_findings
 
-    with tempfile.TemporaryDirectory() as folder, noise_to(Path(folder) / "ray.log", terminal.console):
+    with tempfile.TemporaryDirectory() as folder, output_to(Path(folder) / "ray.log", terminal.console):
         return cluster_findings(config, 0 if pile is None else checkpoint_bytes(config.diffusion, pile))
 
 

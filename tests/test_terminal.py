@@ -202,7 +202,7 @@ LIVE = """
 import time
 from cedm_ray.stages.show import progress
 progress.TICK_S = 0.02
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.progress import Work
 from cedm_ray.stages.show.terminal import Terminal
 import os, sys
@@ -211,7 +211,7 @@ class Works:
     def works(self): return [Work("C=17", 5, 10, "kimg", time.time() - 5)]
 terminal = Terminal()
 assert terminal.mode == "live", terminal.mode
-with noise_to(Path(sys.argv[1]), terminal.console), terminal.shown():
+with output_to(Path(sys.argv[1]), terminal.console), terminal.shown():
     for number in range(3):
         with terminal.stage(f"stage {number}", Works()):
             for line in range(8):
@@ -286,10 +286,10 @@ def test_noise_goes_to_the_log_and_our_lines_to_the_screen(tmp_path: Path) -> No
     program = f"""
 import os, sys
 from pathlib import Path
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.terminal import Terminal
 terminal = Terminal()
-with noise_to(Path({str(tmp_path / "log")!r}), terminal.console):
+with output_to(Path({str(tmp_path / "log")!r}), terminal.console):
     os.write(2, b"from C++\\n"); print("from Python"); terminal.line("ours")
 print("after")
 os.write(2, b"error after\\n")
@@ -330,12 +330,12 @@ def test_gpu_use_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 NOTEBOOK_CELL = """
 import logging, os, sys
 from pathlib import Path
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.terminal import Terminal
 logger = logging.getLogger("library")
 logger.addHandler(logging.StreamHandler())  # keeps the kernel's stream, as Ray's does
 terminal = Terminal()
-with noise_to(Path("log"), terminal.console), terminal.shown():
+with output_to(Path("log"), terminal.console), terminal.shown():
     print("noise")
     print("noise", file=sys.stderr)
     os.write(1, b"noise\\n")

@@ -24,7 +24,7 @@ from cedm_ray.stages.inputs.images import open_images, pack_images
 from cedm_ray.stages.inputs.preflight import check_inputs
 from cedm_ray.stages.results.result import SearchResult
 from cedm_ray.stages.results.result_file import read_result
-from cedm_ray.stages.show.library_output import noise_to
+from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.stopping import Signals
 from cedm_ray.stages.show.terminal import Terminal
 from cedm_ray.stages.show.warned import warned
@@ -80,7 +80,7 @@ def run(config: SearchConfig, terminal: Terminal | None = None, signals: Signals
     folder.mkdir(exist_ok=True)
     handled = signals.handled() if signals else nullcontext()
     need = partial(_still_needed, config, source, storage)
-    quiet = noise_to(folder / "search.log", terminal.console)
+    quiet = output_to(folder / "search.log", terminal.console)
     driving = mirror.driving(terminal.line)
     with told_clearly(storage, need), owned(folder), driving, quiet, terminal.shown(), warned(terminal), handled:
         write_json(folder / CONFIG_FILE, settings_of(config))

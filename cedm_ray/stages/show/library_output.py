@@ -14,7 +14,7 @@ from rich.console import Console
 
 
 @contextmanager
-def noise_to(log: Path, console: Console) -> Iterator[None]:
+def output_to(log: Path, console: Console) -> Iterator[None]:
     """Send to a file what libraries and their processes print, while the terminal goes on showing our own lines.
 
     Done on file descriptors, because Ray's C++ core prints past Python's ``sys.stderr``.
