@@ -39,7 +39,7 @@ def find_upper_bound(ctx: Context, embeddings: Embeddings) -> UpperBound:
     if ctx.config.grouping == "kmeans":
         raise UserError(KMEANS_HAS_NO_BOUND)
     jobs = ProbeJobs(ctx.config, embeddings.inputs, ctx.images, ctx.store)
-    search = _told(ctx, jobs)
+    search = _recalled(ctx, jobs)
     if not search.done:
         run_probes(ctx, search, jobs, embeddings, ctx.folder / "ray")
     upper = search.interval[1]
@@ -76,8 +76,9 @@ def _search(ctx: Context, jobs: ProbeJobs) -> BoundSearch:
     )
 
 
-def _told(ctx: Context, jobs: ProbeJobs) -> BoundSearch:
+def _recalled(ctx: Context, jobs: ProbeJobs) -> BoundSearch:
     """A search that knows every stored reading of the rounds that it would ask for."""
+    # Two, because asking changes a search: a round that is only partly stored must still be asked for.
     rehearsal, search = _search(ctx, jobs), _search(ctx, jobs)
     while probes := rehearsal.ask(probes_at_once(ctx)):
         stored = {probe: facts for probe in probes if (facts := ctx.store.facts(jobs(probe).path)) is not None}

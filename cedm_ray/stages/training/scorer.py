@@ -81,7 +81,7 @@ class Scorer:
         sums = {metric: FeatureSums(detector.dim, device=self.device) for metric, detector in self.detectors.items()}
         features: dict[str, list[Tensor]] = defaultdict(list)
         kept: list[Tensor] = []
-        for images in self._told(self._generated(number * num_images, num_images), num_images):
+        for images in self._with_progress(self._generated(number * num_images, num_images), num_images):
             for (metric, detector), part in product(self.detectors.items(), torch.split(images, DETECTOR_BATCH)):
                 found, logits = features_and_logits(detector, part) if keep_features else (detector(part), None)
                 sums[metric].update(found)
@@ -128,7 +128,7 @@ class Scorer:
             compile=self.compute.compile,
         )
 
-    def _told(self, batches: Iterator[Tensor], num_images: int) -> Iterator[Tensor]:
+    def _with_progress(self, batches: Iterator[Tensor], num_images: int) -> Iterator[Tensor]:
         """The same batches; the first process tells how far scoring is, in place of how far training is."""
         if self._board is None or self.rank:
             yield from batches

@@ -90,7 +90,7 @@ class TrialSource:
         self._ledger.open(leg.params)
         verdict: Verdict = "continue"
         for rung in wanted:
-            verdict = self._told(leg.key, leg.params, stored[rung], stored=True)
+            verdict = self._judge(leg.key, leg.params, stored[rung], stored=True)
             if verdict == "stop":
                 break
         if verdict != "pause":
@@ -106,9 +106,9 @@ class TrialSource:
             ended = self._diverged(self._running[key], result)
             self._on_score()
             return "stop" if ended else "continue"
-        return self._told(key, {"grouping": self._grouping, **self._search.runs[key].params}, result)
+        return self._judge(key, {"grouping": self._grouping, **self._search.runs[key].params}, result)
 
-    def _told(self, key: str, params: Params, result: Mapping[str, Any], *, stored: bool = False) -> Verdict:
+    def _judge(self, key: str, params: Params, result: Mapping[str, Any], *, stored: bool = False) -> Verdict:
         """Write down and decide on a rung of the search, reported now or found in the store."""
         assert self._search is not None
         self._ledger.add(params, result, stored=stored)
