@@ -57,7 +57,7 @@ def search_granularity(ctx: Context, ledger: Ledger, points: range, embeddings: 
         on_score=watch.scored,
     )
     title = f"searching over C in [{points.start}, {points.stop})" if points else "training on the given groups"
-    account.heard(ledger.records)
+    account.measure(ledger.records)
     places = Places(ctx.shares, config.granularity.max_concurrent)
     with ctx.terminal.stage(title, ctx.board, watch.outlook):
         tune_trials(ctx, ledger, "granularity", embeddings, source, at_once=places)
@@ -162,7 +162,7 @@ class Watch:
 
     def scored(self) -> None:
         """A trial has scored."""
-        speed = self._account.heard(self._ledger.records)
+        speed = self._account.measure(self._ledger.records)
         if speed is not None:
             said = f"  {speed.images_per_s:,.0f} images/s in a training, scoring included"
             if self._search is not None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.tune
 from ray.tune.search import Searcher
@@ -31,10 +31,8 @@ from cedm_ray.stages.training.interruptions import FAILED, Failure
 from cedm_ray.stages.training.storage_watch import StorageWatch
 from cedm_ray.stages.training.tune_run import run_settings
 
-if TYPE_CHECKING:
-    pass
-
-MAX_RETRIES = 2
+MAX_FAILURES = 2
+"""Failures of probes that a search for C_max bears in all."""
 TOLD = ("utilization_ratio", "num_used", "seconds", "quality", "head_losses", "head_utilization")
 
 
@@ -96,7 +94,7 @@ class ProbeSearcher(Searcher):
         self.failures, self.reason = 0, "see the log"
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        gives_up = self.failures > MAX_RETRIES or self._stopping.asked
+        gives_up = self.failures > MAX_FAILURES or self._stopping.asked
         if not self._round and not self._asked and not gives_up:
             self._round = self.search.ask(self._at_once)
         if not self._round or gives_up:

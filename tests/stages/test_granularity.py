@@ -215,11 +215,11 @@ class Watched:
         terminal = SimpleNamespace(line=lambda text, style="": self.said.append((text.strip(), style)))
         ctx = SimpleNamespace(terminal=terminal, tracker=tracker)
         hours = SimpleNamespace(wall_hours=lambda beside, alone: beside / 10)
-        found = SimpleNamespace(heard=self.heard, allowed_kimg=lambda: 81.6, speed=hours, short=short)
+        found = SimpleNamespace(measure=self.measure, allowed_kimg=lambda: 81.6, speed=hours, short=short)
         self.account = found
         self.watch = Watch(cast(Any, ctx), cast(Any, SimpleNamespace(records=[])), search, cast(Any, found))
 
-    def heard(self, records: Any) -> KnownSpeed | None:
+    def measure(self, records: Any) -> KnownSpeed | None:
         return self.speeds.pop() if self.speeds else None
 
 

@@ -10,7 +10,7 @@ from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
 from cedm_ray.stages.inputs.groupings import clustering_job
-from cedm_ray.stages.probes import MAX_RETRIES, ProbeJobs, ProbeSearcher
+from cedm_ray.stages.probes import MAX_FAILURES, ProbeJobs, ProbeSearcher
 from cedm_ray.stages.results.bounds import LowerBound, UpperBound
 from cedm_ray.stages.storage.store import Store
 from cedm_ray.stages.training.interruptions import FAILED
@@ -86,7 +86,7 @@ def test_a_probe_that_fails_is_run_again_but_not_for_ever() -> None:
     search, asked = probe_all(lambda c: min(1.0, 73 / c), failing={20})
     assert search.c_max == 77 and asked.count(20) == 2
     search, asked = probe_all(lambda c: 1.0, failing=set(range(10, 20)))
-    assert not search.done and asked == [10] * (MAX_RETRIES + 1)
+    assert not search.done and asked == [10] * (MAX_FAILURES + 1)
 
 
 def test_the_next_round_is_asked_for_when_the_last_one_is_told_whatever_came_first() -> None:

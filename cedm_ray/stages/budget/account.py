@@ -14,7 +14,7 @@ from cedm_ray.stages.budget.spending import Spent, limits_of
 from cedm_ray.stages.training.records import TrialRecord
 
 UNBOUNDED = 10**9
-"""Numbers of clusters of a grid that no budget comes to the end of."""
+"""More numbers of clusters than any budget pays for: stands for a grid without an end."""
 
 
 class Account:
@@ -60,7 +60,7 @@ class Account:
         elapsed_hours = (time.monotonic() - self._started_s) / 3600
         return 0.0 if self.speed is None else elapsed_hours - self.speed.wall_hours(self._trained_kimg, 0)
 
-    def heard(self, records: Sequence[TrialRecord]) -> KnownSpeed | None:
+    def measure(self, records: Sequence[TrialRecord]) -> KnownSpeed | None:
         """Take the speed of all rungs so far, scoring included; returns it when it is the first one."""
         self._trained_kimg = Spent.of(records).mimg * 1000
         images, seconds = 0.0, 0.0
@@ -74,7 +74,7 @@ class Account:
         if not seconds:
             return None
         measured = KnownSpeed(images / seconds, "measured")
-        self._speeds.measured(measured.images_per_s)
+        self._speeds.keep_measured(measured.images_per_s)
         first = self._known is None or self._known.source != "measured"
         self._known = measured
         return measured if first else None

@@ -51,6 +51,6 @@ class Speeds:
         workers = self._config.resources.num_workers
         return KnownSpeed(PUBLISHED[side] * workers, f"a rough published figure for {workers} A100 GPUs")
 
-    def measured(self, images_per_s: float) -> None:
+    def keep_measured(self, images_per_s: float) -> None:
         """Keep what was measured, scoring included."""
         write_json(self._file, {"images_per_s": images_per_s})

@@ -1,4 +1,4 @@
-"""What MLflow's run of a search is told when the search is done: its figures, its tables and its pictures."""
+"""What MLflow's run of a search is told when the search is done: its numbers, its tables and its pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def track_result(tracker: Tracker, result: SearchResult, files: Sequence[Path]) 
         files: Tables and pictures of the report.
     """
     run = tracker.parent_key
-    tracker.points(run, _figures(result))
+    tracker.points(run, _numbers(result))
     series = f"{series_name(result.metric, result.num_images)}_by_clusters"
     for row in result.view.rows():
         if row.grouping == result.grouping and row.train_seed is None and row.score is not None:
@@ -35,16 +35,16 @@ def track_result(tracker: Tracker, result: SearchResult, files: Sequence[Path]) 
         tracker.points(run, {name: probe.ratio}, step=probe.num_clusters)
     for file in files:
         tracker.artifact(run, file)
-    for file in story.smaller(files, Path(result.folder) / story.SMALL):
-        tracker.artifact(run, file, story.SMALL)
+    for file in story.small_copies(files, Path(result.folder) / story.SMALL_FOLDER):
+        tracker.artifact(run, file, story.SMALL_FOLDER)
     for file in sorted(Path(result.final.export).iterdir()):
         tracker.artifact(run, file, "export")
-    factors = {f"sample_efficiency_against_{_plain(each.other)}": each.factor for each in efficiencies(result.view)}
-    tracker.points(run, {name: factor for name, factor in factors.items() if factor is not None})
+    factors = {_first_word(each.other): each.factor for each in efficiencies(result.view) if each.factor is not None}
+    tracker.points(run, {f"sample_efficiency_against_{other}": factor for other, factor in factors.items()})
 
 
-def _figures(result: SearchResult) -> dict[str, float]:
-    """The figures of a search by the names that MLflow has them under."""
+def _numbers(result: SearchResult) -> dict[str, float]:
+    """The numbers of a search by the names that MLflow has them under."""
     found: dict[str, float] = {"best_num_clusters": result.best, "final_kimg": result.final.kimg}
     found |= {"tie_set_smallest": result.tie_set.smallest, "tie_set_size": len(result.tie_set.clusters)}
     found |= {name: value for name, value in result.costs.items() if value is not None}
@@ -62,6 +62,6 @@ def _figures(result: SearchResult) -> dict[str, float]:
     return found
 
 
-def _plain(label: str) -> str:
-    """A label as part of a metric's name."""
+def _first_word(label: str) -> str:
+    """Of a label, as part of a metric's name."""
     return label.split(" ")[0]

@@ -30,11 +30,11 @@ FIGURES = {
     "samples_by_clusters.png": "Samples of every C from the same noise",
 }
 """Figures on the page of a search, each with its title."""
-SMALL, SMALL_WIDTH = "page", 760
+SMALL_FOLDER, SMALL_WIDTH = "page", 760
 """Folder of their small copies, and the width in pixels that MLflow leaves for a page's text in a window of 1,600."""
 
 
-def smaller(files: Iterable[Path], folder: Path) -> list[Path]:
+def small_copies(files: Iterable[Path], folder: Path) -> list[Path]:
     """Copies of the figures that the page shows, as wide as it is: MLflow shows pictures as wide as they are."""
     made = []
     for file in files:
@@ -94,7 +94,7 @@ class Page:
 
     def figure(self, name: str, title: str) -> str:
         """A small picture that leads to the artifact itself."""
-        small = links.picture(self.parent, f"{SMALL}/{name}")
+        small = links.picture(self.parent, f"{SMALL_FOLDER}/{name}")
         return f"#### {title}\n[![{title}]({small})]({links.artifacts(self.parent, name)})"
 
     def headline(self) -> str:

@@ -57,7 +57,7 @@ class Ledger:
         record = read_record(self.planner.job(params).path)
         return {} if record is None else {int(rung["kimg"]): rung for rung in record.rungs}
 
-    def leg(self, params: Mapping[str, Any], stop_kimg: int) -> None:
+    def set_stop_kimg(self, params: Mapping[str, Any], stop_kimg: int) -> None:
         """A trial is asked to train so far; a search that goes on asks for the same (:meth:`stop_kimg`)."""
         self._legs[self.planner.job(params).key] = stop_kimg
         write_json(self._legs_file, self._legs)

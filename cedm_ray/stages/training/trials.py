@@ -72,7 +72,7 @@ class TrialSource:
             self._search.allowed_kimg = self._allowed_kimg()
         while (leg := self._search.ask()) is not None:
             leg = Leg(leg.key, {"grouping": self._grouping, **leg.params}, leg.start_kimg, leg.stop_kimg)
-            self._ledger.leg(leg.params, leg.stop_kimg)
+            self._ledger.set_stop_kimg(leg.params, leg.stop_kimg)
             if not self._read(leg):
                 break
         self._nothing_new = leg is None and not self._search.done

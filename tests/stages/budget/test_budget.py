@@ -72,7 +72,7 @@ def test_a_given_speed_comes_before_a_measured_one_and_that_before_a_published_o
     assert published is not None and published.images_per_s == pytest.approx(2 * 200e6 / 86_400 / 4)
     assert published.source == "a rough published figure for 2 A100 GPUs"
     assert not list(tmp_path.iterdir())
-    speeds.measured(812.5)
+    speeds.keep_measured(812.5)
     assert Speeds(tmp_path, CONFIG, 32).known(gpus=False) == KnownSpeed(
         812.5, "measured by earlier trainings of these settings"
     )
@@ -81,7 +81,7 @@ def test_a_given_speed_comes_before_a_measured_one_and_that_before_a_published_o
 
 
 def test_a_speed_is_that_of_the_same_network_images_and_workers(tmp_path: Path) -> None:
-    Speeds(tmp_path, CONFIG, 32).measured(812.5)
+    Speeds(tmp_path, CONFIG, 32).keep_measured(812.5)
     others = [
         Speeds(tmp_path, CONFIG, 16),
         Speeds(tmp_path, CONFIG.with_values({"diffusion.dropout": 0.31}), 32),
@@ -103,7 +103,7 @@ def test_a_published_speed_is_for_gpus_and_for_the_sizes_it_is_of(
 
 
 def test_a_torn_file_of_a_speed_counts_as_none(tmp_path: Path) -> None:
-    Speeds(tmp_path, CONFIG, 32).measured(812.5)
+    Speeds(tmp_path, CONFIG, 32).keep_measured(812.5)
     (file,) = tmp_path.glob("speeds/*.json")
     file.write_text(file.read_text()[:-3])
     assert Speeds(tmp_path, CONFIG, 32).known(gpus=False) is None
@@ -136,7 +136,7 @@ def test_what_the_search_may_train_under_a_budget_of_images(tmp_path: Path) -> N
     assert account(budget(mimg=100.0), tmp_path).allowed_kimg() == 2000
     # Nothing changes with what is measured.
     one = account(budget(mimg=1.0), tmp_path)
-    one.heard([record({"kimg": 50, "images_per_s": 3.0, "score_s": 1.0})])
+    one.measure([record({"kimg": 50, "images_per_s": 3.0, "score_s": 1.0})])
     assert one.allowed_kimg() == 1000 - AROUND_KIMG and not one.short
 
 
@@ -144,7 +144,7 @@ def test_what_the_search_may_train_under_a_budget_of_device_hours(tmp_path: Path
     config = budget(gpu_hours=1.0)
     one = account(config, tmp_path)
     assert one.speed is None and one.allowed_kimg() == 100  # one training, until its speed is known
-    heard = one.heard([record({"kimg": 50, "images_per_s": 1000.0, "score_s": 50.0})])
+    heard = one.measure([record({"kimg": 50, "images_per_s": 1000.0, "score_s": 50.0})])
     assert heard == KnownSpeed(500.0, "measured")
     # Two devices at 500 images/s: an hour of both is 900 kimg, less the reserve and what stands around the search.
     assert one.allowed_kimg() == pytest.approx(900 / RESERVE - AROUND_KIMG)
@@ -155,7 +155,7 @@ def test_what_the_search_may_train_under_a_budget_of_the_clock(tmp_path: Path) -
     config = budget(wall_hours=0.5)
     one = account(config, tmp_path, at_once=2)
     assert one.allowed_kimg() == 100
-    one.heard([record({"kimg": 50, "images_per_s": 500.0, "score_s": 0.0})])
+    one.measure([record({"kimg": 50, "images_per_s": 500.0, "score_s": 0.0})])
     trained_h = 50 / 2 / 1800
     hours = (0.5 + trained_h) / RESERVE  # no time has passed: the training was an earlier process'
     assert one.allowed_kimg() == pytest.approx(2 * (1800 * hours - 150) - 200, rel=1e-3)
@@ -179,7 +179,7 @@ def test_of_several_limits_the_first_that_is_reached_counts(tmp_path: Path) -> N
     config = budget(mimg=1.0, gpu_hours=0.8)
     one = account(config, tmp_path)
     assert one.allowed_kimg() == 1000 - AROUND_KIMG  # before a speed is known the images alone
-    one.heard([record({"kimg": 50, "images_per_s": 500.0, "score_s": 0.0})])
+    one.measure([record({"kimg": 50, "images_per_s": 500.0, "score_s": 0.0})])
     assert one.allowed_kimg() == pytest.approx(0.8 * 900 / RESERVE - AROUND_KIMG) and one.allowed_kimg() < 500
 
 
@@ -192,7 +192,7 @@ def test_a_budget_that_turns_out_too_small_still_holds_one_training(tmp_path: Pa
 
 def test_the_speed_is_that_of_all_rungs_scoring_included_and_kept_for_the_next_search(tmp_path: Path) -> None:
     one = account(CONFIG, tmp_path, SPEED)
-    assert one.heard([]) is None and one.heard([record()]) is None and one.speed == plan(known=SPEED).speed
+    assert one.measure([]) is None and one.measure([record()]) is None and one.speed == plan(known=SPEED).speed
     records = [
         record(
             {"kimg": 50, "images_per_s": 1000.0, "score_s": 10.0},
@@ -202,8 +202,8 @@ def test_the_speed_is_that_of_all_rungs_scoring_included_and_kept_for_the_next_s
     ]
     # 150,000 images in 50 + 10 + 100 + 30 + 200 + 60 seconds.
     measured = pytest.approx(150_000 / 450)
-    first = one.heard(records)
-    assert first is not None and first.images_per_s == measured and one.heard(records) is None
+    first = one.measure(records)
+    assert first is not None and first.images_per_s == measured and one.measure(records) is None
     assert one.speed is not None and one.speed.images_per_s == measured
     (file,) = tmp_path.glob("speeds/*.json")
     assert json.loads(file.read_text()) == {"images_per_s": measured}

@@ -108,7 +108,7 @@ def test_small_copies_are_made_of_the_figures_of_the_page_alone(tmp_path: Path) 
     sizes = {"upper_bound.png": (1140, 600), "confidence.png": (900, 10), "score_by_kimg.png": (300, 40)}
     for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / name)
-    made = story.smaller(sorted(tmp_path.iterdir()), tmp_path / "page")
+    made = story.small_copies(sorted(tmp_path.iterdir()), tmp_path / "page")
     assert {file.name: Image.open(file).size for file in made} == {
         "upper_bound.png": (760, 400),
         "score_by_kimg.png": (300, 40),

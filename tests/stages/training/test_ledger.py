@@ -278,7 +278,7 @@ def test_how_far_a_search_asks_a_trial_to_train_is_kept_for_that_search_alone(tm
     desk = Desk(tmp_path)
     assert desk.ledger.stop_kimg(TWELVE) is None
     for stop_kimg in (1, 4):
-        desk.ledger.leg(TWELVE, stop_kimg)
+        desk.ledger.set_stop_kimg(TWELVE, stop_kimg)
     again, other = Desk(tmp_path), Desk(tmp_path, name="other")
     assert again.ledger.stop_kimg(TWELVE) == 4
     assert again.ledger.stop_kimg(NONE) is None and other.ledger.stop_kimg(TWELVE) is None

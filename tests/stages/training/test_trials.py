@@ -71,7 +71,7 @@ class FakeLedger:
     def stored(self, params: Params) -> Mapping[int, Rung]:
         return self.store.get(params["num_clusters"], {}) if params["grouping"] == "temi" else {}
 
-    def leg(self, params: Params, stop_kimg: int) -> None:
+    def set_stop_kimg(self, params: Params, stop_kimg: int) -> None:
         self.legs[self.record(params).key] = stop_kimg
 
     def stop_kimg(self, params: Params) -> int | None:
