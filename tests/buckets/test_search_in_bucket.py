@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from helpers.ports import free_port
 
 boto3 = pytest.importorskip("boto3")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -110,9 +111,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     copies.mkdir()
     if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("mount namespaces are not permitted to this user")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     address = f"127.0.0.1:{port}"
     env = {**os.environ, "RAY_TMPDIR": f"/tmp/ray-two-{port}", "RAY_AUTH_MODE": "disabled"}

@@ -18,6 +18,7 @@ from cedm_ray.data.parquet import ParquetSource
 from cedm_ray.data.registry import open_source
 from cedm_ray.data.remote import RemoteFolder, list_files
 from cedm_ray.errors import UserError
+from helpers.ports import free_port
 
 NAMES = ["dog/2.png", "cat/b.jpg", "cat/a.webp", "cat/deep/c.PNG", "Ape/1.png"]
 
@@ -122,9 +123,7 @@ def test_a_uri_that_holds_keys_or_cannot_be_understood_is_refused(uri: str, mess
 def test_a_store_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{closed.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     began = time.monotonic()
     with pytest.raises(UserError, match=r"^s3://bucket/x cannot be read .*look at the network") as caught:
         open_filesystem(f"s3://bucket/x?endpoint_override={endpoint}&scheme=http&region=us-east-1", timeout_s=30)

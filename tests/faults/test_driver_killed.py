@@ -10,7 +10,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from safetensors.torch import load_file
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.stages.tracking.tracker import database_uri
+from helpers.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(14_400)]
 
@@ -109,10 +109,7 @@ class Driver:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A Ray head of our own, in a folder and with a token of its own."""
-    with socket.socket() as probe, socket.socket() as other:
-        probe.bind(("", 0))
-        other.bind(("", 0))
-        port, dashboard = probe.getsockname()[1], other.getsockname()[1]
+    port, dashboard = free_ports(2)
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: socket names have at most 107 characters
     host = ray.util.get_node_ip_address()
     address = f"{host}:{port}"

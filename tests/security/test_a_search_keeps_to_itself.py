@@ -18,6 +18,7 @@ import pytest
 import ray  # noqa: F401  brings psutil
 
 from cedm_ray.stages.checkup.ports import Listener
+from helpers.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -54,7 +55,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     found = Story(root / "runs", root / "server", short, root / "home")
     for folder in (found.storage, found.server, found.home):
         folder.mkdir(mode=0o755)  # the storage folder was there before, for all to see
-    port = _free_port()
+    port = free_port()
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
     environment = {**plain, **SECRETS, "HOME": str(found.home), "RAY_TMPDIR": str(short), "PYTHONUNBUFFERED": "1"}
     before = os.umask(0o022)
@@ -76,12 +77,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         server.wait(30)
     yield found
     shutil.rmtree(short, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _mlflow(folder: Path, port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from cedm_ray.stages.tracking import links
 from cedm_ray.stages.tracking.tracker import database_uri
+from helpers.ports import free_port
 
 selenium = pytest.importorskip("selenium", reason="selenium drives the browser; pip install selenium")
 from selenium import webdriver  # noqa: E402
@@ -68,9 +68,7 @@ def result(storage: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(storage: Path) -> Iterator[str]:
     """The server that the search's own output says to start, on another port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(storage / "server.log", "wb") as log:

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from helpers.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,9 +26,7 @@ class Server:
 
     def __init__(self, storage: Path) -> None:
         self.storage = storage
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:

@@ -1,7 +1,6 @@
 import itertools
 import math
 import random
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from cedm_ray.stages.tracking import delivery, outbox
 from cedm_ray.stages.tracking import tracker as tracking
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE
 from cedm_ray.stages.tracking.tracker import Tracker, database_uri, flat, ui_command
+from helpers.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +172,12 @@ def test_on_a_bad_line_every_point_arrives_once(storage: Path, tmp_path: Path, f
         assert child.info.status == "FINISHED" and child.data.params == {"num_clusters": str(trial)}
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_server_that_is_down_at_the_start_stops_nothing_and_another_store_gets_everything(
     storage: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
     began_ms, began = time.time() * 1000, time.monotonic()
-    uri = f"http://user:secret@127.0.0.1:{closed_port()}"
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
     track = Tracker(uri, "cedm_ray/test", None, tmp_path, said.append)
     parent = track.start("down", "a", {"seed": 0}, {"state": "running"})
     child = track.child("trial", "C=7", {"num_clusters": 7}, {})
@@ -267,7 +261,7 @@ def test_a_server_is_opened_by_its_address_without_name_and_password() -> None:
 
 
 def test_the_page_of_a_run_has_an_address_once_mlflow_has_named_it(storage: Path, tmp_path: Path) -> None:
-    away = Tracker(f"http://127.0.0.1:{closed_port()}", "cedm_ray/test", None, tmp_path, lambda _: None)
+    away = Tracker(f"http://127.0.0.1:{free_port()}", "cedm_ray/test", None, tmp_path, lambda _: None)
     run = away.start("page", "a", {}, {})
     assert away.page(run) is None and run == "page"
     assert away.close(0.1) == 1
