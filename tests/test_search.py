@@ -20,6 +20,7 @@ from cedm_ray.report.read_run import read_run
 from cedm_ray.sample import main as sample
 from cedm_ray.search import main
 from cedm_ray.stages.tracking.tracker import database_uri
+from helpers.results import result_of
 
 pytestmark = pytest.mark.ray
 
@@ -54,11 +55,6 @@ def search(storage: Path, *flags: str, timeout_s: float = 400) -> subprocess.Com
         command(storage, *flags), capture_output=True, text=True, timeout=timeout_s, check=False,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-
-
-def result_of(storage: Path) -> dict:  # type: ignore[type-arg]
-    (path,) = storage.glob("digits-*/result.json")
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")

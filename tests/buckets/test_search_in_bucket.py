@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpers.ports import free_port
+from helpers.results import MEASURED, result_of
 
 boto3 = pytest.importorskip("boto3")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -25,7 +26,8 @@ SMALL = [
     "--final.total-kimg=5", "--final.num-images=150", "--final.num-sets=2",
 ]  # fmt: skip
 TIMEOUT_S = 1500
-MEASURED = ("images_per_s", "score_s", "device_hours", "energy_kwh", "device", "checkpoint_path")
+UNLIKE = MEASURED | {"device", "checkpoint_path"}
+"""Of a rung: what depends on where it was made and is kept."""
 
 
 def command(storage: str, *flags: str) -> list[str]:
@@ -41,16 +43,10 @@ def search(storage: str, *flags: str, env: Mapping[str, str] | None = None) -> s
     return done.stdout
 
 
-def result_of(storage: Path) -> dict[str, Any]:
-    (path,) = storage.glob("digits-*/result.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
 def scores_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """What of a result must not depend on where it is kept."""
     trials = {
-        trial["label"]: [{name: rung[name] for name in rung if name not in MEASURED} for rung in trial["rungs"]]
+        trial["label"]: [{name: rung[name] for name in rung if name not in UNLIKE} for rung in trial["rungs"]]
         for trial in result["trials"]
     }
     names = ("mean", "std", "scores", "num_clusters", "kimg")

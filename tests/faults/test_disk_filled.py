@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+
+from helpers.results import assert_same_tensors, plain, result_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(10_800)]
 
@@ -68,10 +69,6 @@ READ_ONLY = (
     r"error: (storage: )?the storage {} is read-only: .* cannot be written; make it writable or give another "
     r"--storage-path; the same command goes on\n"
 )
-CLOCK = re.compile(
-    r"(_s|_path|_uri|seconds|hours|kwh|images_per_s|folder|run_id|ui_command|export|confidence|mosaics|costs|page)$"
-)
-"""Names of what two runs of one search never share."""
 
 
 @dataclass
@@ -148,26 +145,11 @@ def harmed(ran: Ran, storage: Path) -> list[str]:
     return bad
 
 
-def plain(value: Any) -> Any:
-    """A result without what the clock or the place of the storage decides."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items() if not CLOCK.search(str(name))}
-    return [plain(each) for each in value] if isinstance(value, list) else value
-
-
-def result_of(storage: Path) -> Any:
-    (file,) = storage.glob("digits-*/result.json")
-    return plain(json.loads(file.read_text()))
-
-
 def assert_same_end(storage: Path, undisturbed: Path) -> None:
     """The same probes, records and scores, and the same weights to the bit."""
-    assert result_of(storage) == result_of(undisturbed)
+    assert plain(result_of(storage), storage) == plain(result_of(undisturbed), undisturbed)
     (one,), (other,) = (list(place.glob("digits-*/export/model.safetensors")) for place in (storage, undisturbed))
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys() and first
-    for name, tensor in first.items():
-        assert tensor.numpy().tobytes() == second[name].numpy().tobytes(), name
+    assert_same_tensors(one, other)
 
 
 def assert_said(ran: Ran, line: str, storage: Path, name: str) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 import pytest
 import ray
-from safetensors.torch import load_file
 
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
 from cedm_ray.stages.tracking.tracker import database_uri
 from helpers.ports import free_ports
+from helpers.results import MEASURED, assert_same_tensors, plain, result_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(14_400)]
 
@@ -49,11 +49,6 @@ FLAGS.append("--granularity.no-baselines")
 BOUND, BOUND_ENDS, TRIALS = "searching C_max", "C_max is", "searching over C"
 EVENT = re.compile(r" C=\d+(?: \([^)]*\))?: ")
 """In a line of the terminal that says what has happened to a probe or a training."""
-MEASURED = {"images_per_s", "score_s", "device_hours", "energy_kwh", "seconds", "sample_s"}
-"""What differs from one run to the next because it is measured with a clock."""
-PLACES = {
-    "checkpoint_path", "folder", "tracking_uri", "ui_command", "run_id", "page", "export", "mosaics", "confidence",
-}  # fmt: skip
 LONGEST_S = 1_800
 
 
@@ -238,29 +233,6 @@ def underway(storage: Path) -> str:
     return ", ".join(found) or "-"
 
 
-def plain(value: Any, root: str) -> Any:
-    """A result without what the clock or the place of the storage decides."""
-    if isinstance(value, dict):
-        return {key: plain(each, root) for key, each in value.items() if key not in MEASURED | PLACES}
-    if isinstance(value, list):
-        return [plain(each, root) for each in value]
-    return value.replace(root, "") if isinstance(value, str) else value
-
-
-def result_of(storage: Path) -> Any:
-    (file,) = storage.glob("digits-*/result.json")
-    return json.loads(file.read_text())
-
-
-def assert_same_tensors(one: Path, other: Path) -> int:
-    """Compare two files of tensors to the bit; returns how many numbers they hold."""
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys() and first
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype and tensor.numpy().tobytes() == second[name].numpy().tobytes(), name
-    return sum(tensor.numel() for tensor in first.values())
-
-
 def compare_models(whole: Path, killed: Path) -> int:
     """The newest checkpoint of every trial and the exported model; returns how many numbers are equal to the bit."""
     expected, found = result_of(whole), result_of(killed)
@@ -330,7 +302,7 @@ def kill_and_finish(seed: int, whole: Whole, address: str, folder: Path) -> Kill
     found.kept = len(before[-1]) if before else 0
     found.repeated = sum(work.get(name) != after[name] for work in before for name in after if name in work)
     assert all(work.keys() <= after.keys() for work in before)
-    assert plain(result_of(storage), str(storage)) == plain(result_of(whole.storage), str(whole.storage))
+    assert plain(result_of(storage), storage) == plain(result_of(whole.storage), whole.storage)
     found.numbers = compare_models(whole.storage, storage)
     (runs, points), (expected_runs, expected_points) = tracked(storage), tracked(whole.storage)
     assert max(points.values()) == 1 and runs == expected_runs and {status for _, status in runs} == {"FINISHED"}
@@ -363,7 +335,7 @@ def test_a_killed_search_ends_as_the_undisturbed_one(
 
 def test_what_is_left_out_of_the_comparison_is_measured_or_a_place(whole: Whole) -> None:
     """Scores, losses and everything else that is decided by the seeds is compared."""
-    compared = plain(result_of(whole.storage), str(whole.storage))
+    compared = plain(result_of(whole.storage), whole.storage)
     rung = compared["trials"][0]["rungs"][-1]
     assert {"score", "loss", "kimg", "nimg", "fd_lenet"} <= rung.keys()
     assert {"num_clusters", "ratio", "seed"} <= compared["upper_bound"]["probes"][0].keys()
