@@ -1,35 +1,16 @@
 import random
-from types import SimpleNamespace
-from typing import Any, cast
-from unittest.mock import Mock
 
 import pytest
 import ray.exceptions
 import torch
-from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupFailedError,
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-)
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
-from cedm_ray.stages.storage.disk_faults import StorageError
-from cedm_ray.stages.training import trial
 from cedm_ray.stages.training.interruptions import MOST_IN_A_ROW, Failure, Interruptions
-from cedm_ray.stages.training.records import TrialRecord, write_record
-from cedm_ray.stages.training.trials import DeathsInARow
+from helpers.failures import GONE, dead, group
 
 OWN, OOM = Failure("own", "ValueError: it cannot"), Failure("own", "OutOfMemoryError: CUDA out of memory", True)
 KILLED, WAITING = Failure("killed", "ActorDiedError: the actor died"), Failure("waiting", "no room for all workers")
-GONE = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
-
-
-def dead() -> WorkerHealthCheckFailedError:
-    return WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
-
-
-def group(*errors: Exception) -> WorkerGroupError:
-    return WorkerGroupError("several", dict(enumerate(errors)))
 
 
 @pytest.mark.parametrize(
@@ -61,17 +42,6 @@ def group(*errors: Exception) -> WorkerGroupError:
 def test_whose_fault_a_failure_is(error: Exception, kind: str, text: str) -> None:
     found = Failure.of(error)
     assert (found.kind, found.out_of_memory) == (kind, False) and found.text.startswith(text)
-
-
-@pytest.mark.parametrize(("gone_after", "within_s", "lost"), [(1, 5, True), (18, 30, True), (18, 5, False)])
-def test_whether_a_node_is_lost_is_waited_for(
-    gone_after: int, within_s: float, lost: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed = [0.0]
-    monkeypatch.setattr(trial.time, "sleep", lambda seconds: passed.append(passed[-1] + seconds))
-    monkeypatch.setattr(trial, "_nodes", lambda: {"head"} if passed[-1] >= gone_after else {"head", "a"})
-    assert trial._lost({"head", "a"}, within_s) is lost
-    assert passed[-1] == (max(trial.PAUSE_S, gone_after) if lost else within_s)
 
 
 def test_want_of_a_devices_memory_is_told_from_want_of_the_machines() -> None:
@@ -113,79 +83,3 @@ def test_want_of_memory_ends_it_at_once_when_what_is_computed_at_once_was_halved
     assert first.ends(OOM, 0) is None and first.ends(OOM, 0, halved=True) == OOM.text
     later = Interruptions(4)
     assert later.ends(OOM, 8, halved=True) == OOM.text  # also with a rung between
-
-
-class Trained:
-    """A training that fails as it is told to, and the record that the driver keeps of it."""
-
-    def __init__(self, path: Any, monkeypatch: pytest.MonkeyPatch, *course: Exception | int) -> None:
-        self.job = cast(Any, SimpleNamespace(path=path, label="C=7"))
-        self.course, self.board, self.pauses = list(course), Mock(), Mock()
-        self.nodes = {"head", "a", "b"}
-        monkeypatch.setattr(trial.time, "sleep", self.pauses)
-        monkeypatch.setattr(trial, "_nodes", lambda: set(self.nodes))
-
-    def train(self) -> None:
-        while self.course:
-            step = self.course.pop(0)
-            if isinstance(step, int):
-                rungs = ({"kimg": step, "score": 1.0},)
-                write_record(self.job.path, TrialRecord("k", "C=7", "temi", 7, {}, "running", rungs=rungs))
-            elif isinstance(step, ray.exceptions.NodeDiedError):
-                self.nodes = {"head", f"new{len(self.course)}"}
-                raise step
-            else:
-                raise step
-
-    def run(self) -> str | None:
-        return trial._keep_on(self.job, self.board, self.train)
-
-    @property
-    def said(self) -> list[str]:
-        return [call.args[0] for call in self.board.say.call_args_list]
-
-
-def test_a_training_goes_on_by_itself_and_what_happened_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = ray.exceptions.NodeDiedError("gone")
-    training = Trained(tmp_path, monkeypatch, group(dead()), 2, *[lost] * 20, group(GONE, dead()), 4, ValueError("x"))
-    assert training.run() is None
-    assert training.said[0] == "C=7: a process was killed; goes on from 0 kimg"
-    assert training.said[1:21] == ["C=7: a node was lost; goes on from 2 kimg"] * 20
-    assert training.said[-1] == "C=7: ValueError: x; goes on from 4 kimg"
-    # Whether it was the node is waited for where only a process is known to be dead, and not for its own exception.
-    waited_s = sum(call.args[0] for call in training.pauses.call_args_list)
-    assert len(training.said) == 23 and waited_s == 2 * trial.NODE_S + 20 * trial.PAUSE_S + trial.PAUSE_S
-
-
-def test_a_training_that_cannot_go_on_says_why(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Trained(tmp_path, monkeypatch, 2, ValueError("x"), ValueError("x"), 4)
-    assert own.run() == "ValueError: x" and own.course == [4] and len(own.said) == 1
-    killed = Trained(tmp_path / "other", monkeypatch, *[group(dead())] * 9)
-    assert str(killed.run()).startswith("killed from outside 5 times without reaching a rung (memory?)")
-    assert len(killed.course) == 4
-    full = Trained(tmp_path / "full", monkeypatch, OSError(28, "No space left on device"))
-    with pytest.raises(OSError, match="No space left"):  # the driver ends the search for it
-        full.run()
-    said = Trained(tmp_path / "said", monkeypatch, group(StorageError("the storage /a is full")))
-    with pytest.raises(WorkerGroupError):
-        said.run()
-
-
-def test_waiting_for_room_is_not_told_as_an_interruption(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = Trained(tmp_path, monkeypatch, *[ControllerError(WorkerGroupStartupTimeoutError(2))] * 50)
-    assert waits.run() is None and waits.said == []
-
-
-def test_deaths_of_a_trials_process_are_counted_anew_when_it_has_got_further() -> None:
-    board = Mock()
-    planner = SimpleNamespace(job=lambda params: SimpleNamespace(label=f"C={params['num_clusters']}"))
-    callback = DeathsInARow(board, cast(Any, planner))
-    one = SimpleNamespace(trial_id="t", config={"num_clusters": 7}, run_metadata=SimpleNamespace(num_failures=0))
-    for kimg, counted in ((2, 0), (2, 1), (1, 1), (4, 0)):  # old rungs are reported again
-        one.run_metadata.num_failures += 1
-        callback.on_trial_recover(0, [], one)
-        before = one.run_metadata.num_failures
-        callback.on_trial_result(0, [], one, {"kimg": kimg})
-        assert one.run_metadata.num_failures == (before if counted else 0)
-    callback.on_trial_result(0, [], one, {"failed": "no"})
-    assert board.say.call_args.args[0] == "C=7: its process on the head was killed; goes on from 2 kimg"

@@ -1,16 +1,20 @@
-"""The workers of a trial, without Ray: what they generate and score, and what a trial asks of the cluster."""
+"""A trial without Ray: what its workers generate and score, what it asks of the cluster, and what interrupts it."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import ray.exceptions
 import torch
+from ray.train import ControllerError, WorkerGroupError
 from ray.train import UserCallback as RunCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from cedm_ray.clustering.clustering_io import CLUSTERING_FILE, save_clustering
 from cedm_ray.clustering.types import make_clustering
@@ -29,11 +33,14 @@ from cedm_ray.stages.inputs.detectors import lenet_spec
 from cedm_ray.stages.inputs.features import FeatureParts
 from cedm_ray.stages.inputs.scoring import Reference, Scoring
 from cedm_ray.stages.storage.checkpoints import STATE_FILE
+from cedm_ray.stages.storage.disk_faults import StorageError
 from cedm_ray.stages.storage.store import Store
 from cedm_ray.stages.training import trial
+from cedm_ray.stages.training.records import TrialRecord, write_record
 from cedm_ray.stages.training.streamed import StreamedImages
 from cedm_ray.stages.training.trial_job import Planner, TrialJob
 from cedm_ray.stages.training.worker import Worker
+from helpers.failures import GONE, dead, group
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 130
@@ -358,3 +365,77 @@ def test_a_training_goes_on_from_its_newest_whole_checkpoint_and_says_what_was_t
     again.train_to(2, Mock())
     for one, other in zip(again.state.ema.parameters(), first.state.ema.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("gone_after", "within_s", "lost"), [(1, 5, True), (18, 30, True), (18, 5, False)])
+def test_whether_a_node_is_lost_is_waited_for(
+    gone_after: int, within_s: float, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [0.0]
+    monkeypatch.setattr(trial.time, "sleep", lambda seconds: passed.append(passed[-1] + seconds))
+    monkeypatch.setattr(trial, "_nodes", lambda: {"head"} if passed[-1] >= gone_after else {"head", "a"})
+    assert trial._lost({"head", "a"}, within_s) is lost
+    assert passed[-1] == (max(trial.PAUSE_S, gone_after) if lost else within_s)
+
+
+class Trained:
+    """A training that fails as it is told to, and the record that the driver keeps of it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, *course: Exception | int) -> None:
+        self.job = cast(Any, SimpleNamespace(path=path, label="C=7"))
+        self.course, self.board, self.pauses = list(course), Mock(), Mock()
+        self.nodes = {"head", "a", "b"}
+        monkeypatch.setattr(trial.time, "sleep", self.pauses)
+        monkeypatch.setattr(trial, "_nodes", lambda: set(self.nodes))
+
+    def train(self) -> None:
+        while self.course:
+            step = self.course.pop(0)
+            if isinstance(step, int):
+                rungs = ({"kimg": step, "score": 1.0},)
+                write_record(self.job.path, TrialRecord("k", "C=7", "temi", 7, {}, "running", rungs=rungs))
+            elif isinstance(step, ray.exceptions.NodeDiedError):
+                self.nodes = {"head", f"new{len(self.course)}"}
+                raise step
+            else:
+                raise step
+
+    def run(self) -> str | None:
+        return trial._keep_on(self.job, self.board, self.train)
+
+    @property
+    def said(self) -> list[str]:
+        return [call.args[0] for call in self.board.say.call_args_list]
+
+
+def test_a_training_goes_on_by_itself_and_what_happened_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ray.exceptions.NodeDiedError("gone")
+    training = Trained(tmp_path, monkeypatch, group(dead()), 2, *[lost] * 20, group(GONE, dead()), 4, ValueError("x"))
+    assert training.run() is None
+    assert training.said[0] == "C=7: a process was killed; goes on from 0 kimg"
+    assert training.said[1:21] == ["C=7: a node was lost; goes on from 2 kimg"] * 20
+    assert training.said[-1] == "C=7: ValueError: x; goes on from 4 kimg"
+    # Whether it was the node is waited for where only a process is known to be dead, and not for its own exception.
+    waited_s = sum(call.args[0] for call in training.pauses.call_args_list)
+    assert len(training.said) == 23 and waited_s == 2 * trial.NODE_S + 20 * trial.PAUSE_S + trial.PAUSE_S
+
+
+def test_a_training_that_cannot_go_on_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Trained(tmp_path, monkeypatch, 2, ValueError("x"), ValueError("x"), 4)
+    assert own.run() == "ValueError: x" and own.course == [4] and len(own.said) == 1
+    killed = Trained(tmp_path / "other", monkeypatch, *[group(dead())] * 9)
+    assert str(killed.run()).startswith("killed from outside 5 times without reaching a rung (memory?)")
+    assert len(killed.course) == 4
+    full = Trained(tmp_path / "full", monkeypatch, OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):  # the driver ends the search for it
+        full.run()
+    said = Trained(tmp_path / "said", monkeypatch, group(StorageError("the storage /a is full")))
+    with pytest.raises(WorkerGroupError):
+        said.run()
+
+
+def test_waiting_for_room_is_not_told_as_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Trained(tmp_path, monkeypatch, *[ControllerError(WorkerGroupStartupTimeoutError(2))] * 50)
+    assert waits.run() is None and waits.said == []

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from cedm_ray.settings import FinalSettings, GranularitySettings, RuleName, Samp
 from cedm_ray.stages.granularity import _recall, grid, make_search
 from cedm_ray.stages.training.legs import Desk, LegScheduler, LegSearcher
 from cedm_ray.stages.training.records import Rung, TrialRecord
-from cedm_ray.stages.training.trials import TrialSource, tune_trials
+from cedm_ray.stages.training.trials import DeathsInARow, TrialSource, tune_trials
 
 RUNGS_KIMG = (1, 2, 4, 8)
 CANDIDATES = grid(range(2, 100), 8)
@@ -470,3 +471,18 @@ def test_nothing_to_do_starts_no_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = cast(Any, SimpleNamespace(board=None, shares=None))
     tune_trials(ctx, ledger, "confirm", cast(Any, None), TrialSource(ledger, []), at_once=lambda: 1)
     assert ledger.calls == []
+
+
+def test_deaths_of_a_trials_process_are_counted_anew_when_it_has_got_further() -> None:
+    board = Mock()
+    planner = SimpleNamespace(job=lambda params: SimpleNamespace(label=f"C={params['num_clusters']}"))
+    callback = DeathsInARow(board, cast(Any, planner))
+    one = SimpleNamespace(trial_id="t", config={"num_clusters": 7}, run_metadata=SimpleNamespace(num_failures=0))
+    for kimg, counted in ((2, 0), (2, 1), (1, 1), (4, 0)):  # old rungs are reported again
+        one.run_metadata.num_failures += 1
+        callback.on_trial_recover(0, [], one)
+        before = one.run_metadata.num_failures
+        callback.on_trial_result(0, [], one, {"kimg": kimg})
+        assert one.run_metadata.num_failures == (before if counted else 0)
+    callback.on_trial_result(0, [], one, {"failed": "no"})
+    assert board.say.call_args.args[0] == "C=7: its process on the head was killed; goes on from 2 kimg"
