@@ -8,14 +8,13 @@ depend on them. The defaults take a few seconds.
 
 import os
 import platform
-import resource
-import sys
 import time
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rates import peak_memory_gb
 from record import arguments, end
 
 from cedm_ray.metrics.manifold import manifold_metrics
@@ -28,9 +27,9 @@ def features(num: int, dim: int, seed: int, scale: float) -> NDArray[np.float32]
     return drawn
 
 
-def peak_rss_mb() -> float:
-    """Most memory that this process has held, in MB; Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+def peak_mb() -> float:
+    """Most memory that this process has held, whatever the device, in MB."""
+    return 1000 * peak_memory_gb(torch.device("cpu"))
 
 
 def main() -> None:
@@ -41,15 +40,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     real, fake = features(args.num, args.dim, 0, 1.0), features(args.num, args.dim, 1, 1.02)
-    before_mb = peak_rss_mb()
+    before_mb = peak_mb()
     started_s = time.monotonic()
     values = manifold_metrics(real, fake, block=args.block, device=args.device)
     seconds = time.monotonic() - started_s
     print(f"{args.num} against {args.num} of {args.dim} dimensions, blocks of {args.block}: {seconds:.1f} s, "
-          f"peak {peak_rss_mb():.0f} MB ({before_mb:.0f} MB before) on {args.device}, {platform.machine()}, "
+          f"peak {peak_mb():.0f} MB ({before_mb:.0f} MB before) on {args.device}, {platform.machine()}, "
           f"{torch.get_num_threads()} of {os.cpu_count()} threads; {values}")  # fmt: skip
     sizes = {"num": args.num, "dim": args.dim, "block": args.block, "device": args.device}
-    peaks = {"peak_mb": round(peak_rss_mb()), "peak_mb_before": round(before_mb)}
+    peaks = {"peak_mb": round(peak_mb()), "peak_mb_before": round(before_mb)}
     end({**sizes, "seconds": round(seconds, 2), **peaks, "values": asdict(values)}, args.json)
 
 

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names of precisions in the settings."""
 
 
 def finish(device: torch.device) -> None:
@@ -51,6 +53,9 @@ def _rate_of_size(size: int, repeats: int, device: torch.device, dtype: torch.dt
 
 def count_flops(work: Callable[[], object]) -> int:
     """Operations of the matrix products and convolutions that the work calls; it must be eager."""
+    # Holds 100 MB, which a script that measures memory and counts nothing need not hold.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())

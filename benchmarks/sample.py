@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from rates import count_flops, peak_memory_gb, product_rate, reset_peak_memory, seconds
+from rates import DTYPES, count_flops, peak_memory_gb, product_rate, reset_peak_memory, seconds
 from record import arguments, end
 from torch import Tensor, nn
 
@@ -35,7 +35,6 @@ from cedm_ray.diffusion.sampler import generate
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.starts import draw_conditions, initial_noise
 
-DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLUSTERS, SEED = 100, 0
 CALLS_OF_RECORD = 35
 LARGEST_MEAN = 5.0  # grey levels; unrelated images differ by more than fifty

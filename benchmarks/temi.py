@@ -23,6 +23,7 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rates import finish
 from record import arguments, end
 from torch import Tensor, nn
 
@@ -118,13 +119,11 @@ class Taken:
 
 def taken(work: Callable[[], object], repeats: int, device: torch.device) -> Taken:
     """Time of the work, until the device has done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     return Taken((time.perf_counter() - wall_s) / repeats, (time.process_time() - cpu_s) / repeats)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from statistics import median
 
 import torch
-from rates import count_flops, peak_memory_gb, product_rate, reset_peak_memory, seconds
+from rates import DTYPES, count_flops, peak_memory_gb, product_rate, reset_peak_memory, seconds
 from record import arguments, end
 from torch import Tensor, nn
 
@@ -32,8 +32,6 @@ from cedm_ray.diffusion.precond import EDMPrecond
 from cedm_ray.diffusion.settings import NetSettings, TrainSettings, build_net
 from cedm_ray.diffusion.train import train
 from cedm_ray.diffusion.train_state import new_state
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PlainStep:
