@@ -1,0 +1,1 @@
+"""What a search may train, and what that takes."""

@@ -1,0 +1,1 @@
+"""What a machine or a cluster lacks, looked at before hours are spent."""

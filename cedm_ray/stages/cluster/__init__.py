@@ -1,0 +1,1 @@
+"""Ray: joined or started, its nodes, and how they are divided."""

@@ -1,0 +1,1 @@
+"""Images, embeddings, clusterings, detectors and features: made once, and kept."""

@@ -1,0 +1,1 @@
+"""The terminal, and what Ctrl-C does."""

@@ -1,0 +1,1 @@
+"""Whole files, checkpoints, the store, and its copy in a bucket."""

@@ -1,0 +1,1 @@
+"""MLflow: what it is told, once each, and the pages that people open."""
