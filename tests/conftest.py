@@ -1,6 +1,10 @@
-"""What several rooms' tests need: an exported model, small, made as a search makes it but without Ray."""
+"""What tests of several rooms need: a disk to fill, and a small exported model, made as a search does, without Ray."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +39,60 @@ TEMI = TemiSettings(
     warmup_epochs=1, standardize=True,
 )  # fmt: skip
 MakeExport = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of its own."""
+
+    path: Path
+
+    @property
+    def free(self) -> int:
+        state = os.statvfs(self.path)
+        return state.f_bavail * state.f_frsize
+
+    @property
+    def _filler(self) -> Path:
+        return self.path / "filler"
+
+    def fill(self, leave: int) -> None:
+        """Take what is free but so many bytes; called again it takes what has become free since."""
+        with open(self._filler, "ab") as file, contextlib.suppress(OSError):
+            more = self.free - leave
+            if more >= 4096:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), more // 4096 * 4096)
+
+    def make_room(self) -> None:
+        self._filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """No more writing."""
+        self._mount("-o", "remount,ro", str(self.path))
+
+    @staticmethod
+    def _mount(*arguments: str) -> None:
+        subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], SmallDisk]]:
+    """Makes a file system in memory of a size like ``3m``; skips the test where mounting is not permitted."""
+    mounted: list[Path] = []
+
+    def make(size: str) -> SmallDisk:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here ({done.stderr.strip()})")
+        mounted.append(place)
+        return SmallDisk(place)
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=False)
 
 
 @pytest.fixture(scope="session")

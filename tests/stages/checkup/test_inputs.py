@@ -1,9 +1,7 @@
 """Images and weights that are there, that can be fetched, and that are out of reach; the network is this machine."""
 
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -22,28 +20,12 @@ NOWHERE = "http://127.0.0.1:9"  # the port on which nobody listens
 
 
 @pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """A server that has everything whose path does not hold ``missing``, and what was asked of it."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            asked.append(self.path)
-            self.send_response(404 if "missing" in self.path else 200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as served:
-        thread = Thread(target=served.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{served.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{url}/")
-        yield url, asked
-        served.shutdown()
-        thread.join()
+def web(web_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server that has everything whose path does not hold ``missing``."""
+    server = web_server(lambda path: 404 if "missing" in path else 200)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{server.url}/")
+    return server
 
 
 @pytest.fixture(autouse=True)
@@ -70,25 +52,22 @@ def test_a_folder_is_looked_through(tmp_path: Path) -> None:
     assert "b.png" in open_images(load(flags))[1].text
 
 
-def test_cifar_can_be_fetched_or_not(
-    web: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar_can_be_fetched_or_not(web: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(["--dataset", "cifar10", "--data-dir", str(tmp_path / "data")])
-    url, asked = web
     source, finding = open_images(config)
-    assert source is None and finding.level == "ok" and finding.text.endswith(f"{url}/cifar-10-binary.tar.gz")
-    assert asked == ["/cifar-10-binary.tar.gz"] and not (tmp_path / "data").exists()
-    monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{url}/missing/")
+    assert source is None and finding.level == "ok" and finding.text.endswith(f"{web.url}/cifar-10-binary.tar.gz")
+    assert web.asked == ["HEAD /cifar-10-binary.tar.gz"] and not (tmp_path / "data").exists()
+    monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{web.url}/missing/")
     _, finding = open_images(config)
     assert finding.level == "fail" and "answers with status 404" in finding.text and "--data-dir" in finding.fix
     monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{NOWHERE}/")
     assert "does not answer (" in open_images(config)[1].text
 
 
-def test_a_damaged_archive_is_not_fetched_again(web: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_a_damaged_archive_is_not_fetched_again(web: Any, tmp_path: Path) -> None:
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"half of it")
     _, finding = open_images(load(["--dataset", "cifar10", "--data-dir", str(tmp_path)]))
-    assert finding.level == "fail" and "cifar-10-binary.tar.gz" in finding.text and web[1] == []
+    assert finding.level == "fail" and "cifar-10-binary.tar.gz" in finding.text and web.asked == []
 
 
 def backbone(*flags: str) -> Finding:
@@ -105,11 +84,9 @@ REPOSITORIES = ["timm/vit_base_patch16_224.dino", "laion/CLIP-ViT-B-32-laion2B-s
 
 
 @pytest.mark.parametrize(("name", "repository"), zip(NAMES, REPOSITORIES, strict=True))
-def test_weights_on_the_hub_are_asked_for_and_not_fetched(
-    name: str, repository: str, web: tuple[str, list[str]], tmp_path: Path
-) -> None:
+def test_weights_on_the_hub_are_asked_for_and_not_fetched(name: str, repository: str, web: Any, tmp_path: Path) -> None:
     (weights,) = weights_of(load(["--backbone", name]))
-    assert weights.finding.level == "ok" and not weights.present and web[1] == [f"/{repository}"]
+    assert weights.finding.level == "ok" and not weights.present and web.asked == [f"HEAD /{repository}"]
     assert not (tmp_path / "hub").exists()
 
 
@@ -134,8 +111,8 @@ def test_weights_out_of_reach_are_a_failure_with_the_flag_for_a_file(monkeypatch
     assert "HF_HUB_OFFLINE is set" in backbone("--backbone", NAMES[0]).text
 
 
-def test_a_hub_without_the_model_is_a_failure(web: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", f"{web[0]}/missing")
+def test_a_hub_without_the_model_is_a_failure(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"{web.url}/missing")
     assert "answers with status 404" in backbone("--backbone", NAMES[0]).text
 
 
@@ -167,9 +144,9 @@ def test_the_detectors_of_cifar_are_looked_for_each_by_its_own_flag(tmp_path: Pa
     assert [each.present for each in weights_of(load(flags))] == [True, True]
 
 
-def test_clip_is_looked_for_where_clusters_come_from_it(web: tuple[str, list[str]]) -> None:
+def test_clip_is_looked_for_where_clusters_come_from_it(web: Any) -> None:
     found = weights_of(load(["--grouping", "clip", "--clip.model", NAMES[1]]))
-    assert [each.finding.name for each in found] == ["backbone", "clip"] and web[1] == [f"/{REPOSITORIES[1]}"]
+    assert [each.finding.name for each in found] == ["backbone", "clip"] and web.asked == [f"HEAD /{REPOSITORIES[1]}"]
 
 
 def test_settings_that_fit_are_well() -> None:

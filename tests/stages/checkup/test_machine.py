@@ -3,9 +3,9 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,25 +17,6 @@ from cedm_ray.stages.checkup.machine import (
 )
 
 GIB = 2**30
-Mount = Callable[[str], Path]
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    made: list[Path] = []
-
-    def tmpfs(options: str) -> Path:
-        folder = tmp_path / f"mounted-{len(made)}"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-        if done.returncode:
-            pytest.skip("this user may not mount a file system")
-        made.append(folder)
-        return folder
-
-    yield tmpfs
-    for folder in made:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_the_memory_is_what_the_system_says_unless_a_container_has_less() -> None:
@@ -56,8 +37,8 @@ def test_shared_memory_must_hold_three_tenths_of_the_memory_or_ten_gigabytes(
     assert (level == "ok") == (finding.fix == "")
 
 
-def test_the_shared_memory_of_a_container_is_too_small_for_ray(mount: Mount) -> None:
-    folder = mount("size=64m")
+def test_the_shared_memory_of_a_container_is_too_small_for_ray(small_disk: Any) -> None:
+    folder = small_disk("64m").path
     finding = shared_memory_finding(32 * GIB, folder)
     assert finding.level == "warn" and finding.text.startswith(f"67.1 MB free in {folder}, Ray's object store takes up")
     assert "10.3 GB" in finding.text and "--shm-size=11g" in finding.fix
@@ -99,8 +80,8 @@ def test_a_local_disk_must_hold_a_checkpoint(tmp_path: Path) -> None:
     assert local_disk_finding(1000, tmp_path).level in ("ok", "warn")
 
 
-def test_a_disk_that_is_nearly_full_gets_no_spilled_objects(mount: Mount) -> None:
-    folder = mount("size=100m")
+def test_a_disk_that_is_nearly_full_gets_no_spilled_objects(small_disk: Any) -> None:
+    folder = small_disk("100m").path
     assert local_disk_finding(1000, folder).level == "ok"
     (folder / "data").write_bytes(bytes(97 * 2**20))
     finding = local_disk_finding(1000, folder)

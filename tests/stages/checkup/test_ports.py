@@ -5,9 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -77,32 +77,6 @@ def test_programs_are_known_by_their_command_lines(command: list[str], program: 
 
 
 @contextmanager
-def web(status: int, content_type: str = "text/plain", host: str = "127.0.0.1") -> Iterator[tuple[int, list[str]]]:
-    """A server that answers everything in one way: its port, and what was asked of it without a token."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if "Authorization" not in self.headers:
-                asked.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer((host, 0), Handler) as served:
-        thread = Thread(target=served.serve_forever)
-        thread.start()
-        try:
-            yield served.server_port, asked
-        finally:
-            served.shutdown()
-            thread.join()
-
-
-@contextmanager
 def silent() -> Iterator[int]:
     """A port that closes every connection, as a gRPC server does with what is not of its kind."""
     with socketserver.TCPServer(("0.0.0.0", 0), socketserver.BaseRequestHandler) as served:
@@ -115,8 +89,9 @@ def silent() -> Iterator[int]:
             thread.join()
 
 
-def test_ports_beyond_loopback_that_answer_without_a_token_are_told() -> None:
-    with web(401, host="0.0.0.0") as (guarded, _), web(200, host="0.0.0.0") as (metrics, _), silent() as rpc:
+def test_ports_beyond_loopback_that_answer_without_a_token_are_told(web_server: Any) -> None:
+    guarded, metrics = (web_server(status, host="0.0.0.0").port for status in (401, 200))
+    with silent() as rpc:
         well = [Listener("agent", "0.0.0.0", guarded), Listener("GCS", "0.0.0.0", rpc)]
         finding = port_finding(well, token=True)
         assert finding.level == "ok" and finding.text.startswith("2 beyond loopback (agent, GCS)")
@@ -128,9 +103,10 @@ def test_ports_beyond_loopback_that_answer_without_a_token_are_told() -> None:
         assert "127.0.0.1" in finding.fix
 
 
-def test_ports_on_loopback_are_well_and_are_left_alone() -> None:
-    with web(200) as (port, asked):
-        assert port_finding([Listener("MLflow", "127.0.0.1", port)], token=False).level == "ok" and asked == []
+def test_ports_on_loopback_are_well_and_are_left_alone(web_server: Any) -> None:
+    server = web_server()
+    assert port_finding([Listener("MLflow", "127.0.0.1", server.port)], token=False).level == "ok"
+    assert server.asked == []
 
 
 def test_many_open_ports_are_counted() -> None:
@@ -147,11 +123,14 @@ def test_many_open_ports_are_counted() -> None:
         (200, "text/plain", None),
     ],
 )
-def test_the_jobs_api_is_tried_without_the_token(status: int, content_type: str, level: str | None) -> None:
-    with web(status, content_type) as (port, asked):
-        others = [Listener("dashboard", "127.0.0.1", 9), Listener("GCS", "127.0.0.1", port)]
-        finding = jobs_finding([*others, Listener("dashboard", "127.0.0.1", port)])
-    assert asked == ["/api/jobs/"] and (finding.level if finding else None) == level
+def test_the_jobs_api_is_tried_without_the_token(
+    status: int, content_type: str, level: str | None, web_server: Any
+) -> None:
+    server = web_server(status, content_type)
+    others = [Listener("dashboard", "127.0.0.1", 9), Listener("GCS", "127.0.0.1", server.port)]
+    finding = jobs_finding([*others, Listener("dashboard", "127.0.0.1", server.port)])
+    assert server.asked == ["GET /api/jobs/"] and server.tokens == [None]
+    assert (finding.level if finding else None) == level
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 import errno
 import os
 import sqlite3
-import subprocess
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -26,18 +24,6 @@ def closed_port() -> int:
         return int(server.server_port)
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte, where this user may mount one."""
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("this user may not mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_folder_that_can_be_written_is_well_and_left_as_it_was(tmp_path: Path) -> None:
     for storage in (tmp_path, tmp_path / "new" / "runs"):
         assert storage_finding(storage).level == "ok"
@@ -52,15 +38,17 @@ def test_what_others_put_into_a_new_folder_meanwhile_stays(tmp_path: Path) -> No
     assert [path.name for path in storage.iterdir()] == ["other"]
 
 
-def test_a_read_only_file_system_is_told(mounted: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
-    finding = storage_finding(mounted / "runs")
-    assert finding.level == "fail" and finding.text.startswith(f"the storage {mounted}/runs is read-only")
+def test_a_read_only_file_system_is_told(small_disk: Any) -> None:
+    disk = small_disk("1m")
+    disk.close()
+    finding = storage_finding(disk.path / "runs")
+    assert finding.level == "fail" and finding.text.startswith(f"the storage {disk.path}/runs is read-only")
     assert "--storage-path" in finding.fix
-    assert store_finding(f"sqlite:///{mounted}/mlflow.db").level == "fail"
+    assert store_finding(f"sqlite:///{disk.path}/mlflow.db").level == "fail"
 
 
-def test_a_full_disk_is_told_and_what_was_begun_is_removed(mounted: Path) -> None:
+def test_a_full_disk_is_told_and_what_was_begun_is_removed(small_disk: Any) -> None:
+    mounted = small_disk("1m").path
     (mounted / "data").write_bytes(bytes(700_000))
     finding = storage_finding(mounted)
     assert finding.level == "fail" and f"the storage {mounted} is full" in finding.text
@@ -105,11 +93,13 @@ def test_a_database_that_another_process_holds_is_told(tmp_path: Path) -> None:
     assert finding.level == "fail" and "database is locked" in finding.text and "--tracking-uri" in finding.fix
 
 
-def test_a_read_only_database_and_a_file_that_is_none_are_told(mounted: Path) -> None:
+def test_a_read_only_database_and_a_file_that_is_none_are_told(small_disk: Any) -> None:
+    disk = small_disk("1m")
+    mounted = disk.path
     sqlite3.connect(mounted / "mlflow.db").execute("CREATE TABLE runs (id)").connection.close()
     (mounted / "text.db").write_text("these are words, not a database; " * 99)
     assert "not a database" in store_finding(f"sqlite:///{mounted}/text.db").text
-    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    disk.close()
     finding = store_finding(f"sqlite:///{mounted}/mlflow.db")
     assert finding.level == "fail" and "readonly database" in finding.text
 
@@ -125,32 +115,9 @@ def test_stores_of_other_kinds_are_not_judged(uri: str) -> None:
     assert store_finding(uri).level == "warn" and not is_server(uri)
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, dict[str, int]]]:
-    """An HTTP server and the status that it gives to each path."""
-    answers: dict[str, int] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(answers.get(self.path, 404))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as served:
-        thread = Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}", answers
-        served.shutdown()
-        thread.join()
-
-
 @pytest.mark.parametrize(("status", "level"), [(200, "ok"), (401, "warn"), (403, "warn"), (404, "fail"), (500, "fail")])
-def test_a_tracking_server_is_judged_by_its_health(server: tuple[str, dict[str, int]], status: int, level: str) -> None:
-    uri, answers = server
-    answers["/health"] = status
+def test_a_tracking_server_is_judged_by_its_health(web_server: Any, status: int, level: str) -> None:
+    uri = web_server(lambda path: status if path == "/health" else 418).url
     finding = server_finding(f"{uri}/")
     assert is_server(uri) and finding.level == level and (finding.fix == "") == (level == "ok")
 
@@ -161,10 +128,9 @@ def test_a_tracking_server_that_is_down_is_told() -> None:
     assert finding.level == "fail" and finding.text.startswith(f"{uri} does not answer (") and "refused" in finding.text
 
 
-def test_a_password_in_the_address_of_a_server_is_not_told(server: tuple[str, dict[str, int]]) -> None:
-    uri, answers = server
+def test_a_password_in_the_address_of_a_server_is_not_told(web_server: Any) -> None:
     for status in (200, 401):
-        answers["/health"] = status
+        uri = web_server(status).url
         finding = server_finding(uri.replace("://", "://user:secret@"))
         assert finding.text.startswith(f"{uri} answers") and "secret" not in str(finding)
     assert "secret" not in str(server_finding(f"http://user:secret@127.0.0.1:{closed_port()}"))
