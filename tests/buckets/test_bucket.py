@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from cedm_ray.data.storage import storage_folder
 from cedm_ray.errors import UserError
 from cedm_ray.stages.storage import bucket, bucket_files
 from cedm_ray.stages.storage.bucket_entries import MARK, fetch_entry, here, keep_entry
-from cedm_ray.stages.storage.checkpoints import keep_in_bucket
+from cedm_ray.stages.storage.checkpoints import keep_in_bucket, newest_whole
 from cedm_ray.stages.storage.claim import claimed
 from cedm_ray.stages.storage.mirror import Mirror
 
@@ -239,7 +240,7 @@ def test_a_bucket_that_is_not_there_or_does_not_answer_is_one_line(
 HOLD = """
 import sys, time
 from pathlib import Path
-from cedm_ray.stages.storage.checkpoints import keep_in_bucket
+from cedm_ray.stages.storage.checkpoints import keep_in_bucket, newest_whole
 from cedm_ray.stages.storage.claim import claimed
 with claimed(Path(sys.argv[1]), renew_s=0.5, expire_s=4):
     print("held", flush=True)
@@ -395,6 +396,18 @@ def test_checkpoints_that_are_thinned_here_are_thinned_in_the_bucket_and_others_
         assert contents(two / folder.name) == contents(folder)
     bucket_files.fetch_files(tmp_path / "not-in-a-bucket")
     assert keep_in_bucket(made, tmp_path / "not-in-a-bucket") is None
+
+
+def test_a_checkpoint_for_which_there_is_no_room_leaves_nothing_and_what_a_killed_process_left_is_removed(
+    server: tuple[str, Any], tmp_path: Path, small_disk: Any
+) -> None:
+    train, made = copy_of(server, small_disk("1m").path, "unfinished") / "train", make(tmp_path / "made", size=400_000)
+    with pytest.raises(shutil.Error, match="No space left"):
+        keep_in_bucket(made, train)
+    assert list(train.iterdir()) == []
+    (train / ".checkpoint_2026-01-01_00-00-00.000000").mkdir()
+    (train / ".checkpoint_2026-01-01_00-00-00.000000" / "state.safetensors").write_bytes(b"half of it")
+    assert newest_whole(train) == (None, []) and list(train.iterdir()) == []
 
 
 def test_small_files_are_looked_for_and_files_by_name_are_fetched_alone(

@@ -106,8 +106,11 @@ def keep_in_bucket(made: Path, training: Path) -> Path | None:
         return None
     folder = training / f"checkpoint_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S.%f}"
     scratch = folder.with_name(f".{folder.name}")
-    shutil.copytree(made, scratch)
-    scratch.rename(folder)
+    try:
+        shutil.copytree(made, scratch)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     keep_files(folder, MANIFEST_FILE)
     return folder
 
@@ -124,15 +127,17 @@ def checkpoints(training: Path) -> list[Checkpoint]:
 
 
 def newest_whole(training: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from; newer ones that are torn are set aside.
+    """The checkpoint to go on from; newer ones that are torn are set aside, and unfinished copies removed.
 
     Args:
-        training: The folder with the checkpoints.
+        training: The folder with the checkpoints; rank 0 alone calls this, before it trains.
 
     Returns:
         The newest one that is whole, by its content, or None where there is none, and a line on each that was set
         aside.
     """
+    for unfinished in training.glob(".checkpoint_*"):  # by keep_in_bucket, in a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     said = _unreadable(training)
     for checkpoint in reversed(checkpoints(training)):
         if checkpoint.resumable:
