@@ -13,6 +13,7 @@ from typing import Any
 
 from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.checkup.web import answer_of
+from cedm_ray.stages.cluster.joining import token_file
 
 # The programs of Ray by what ends the first words of their command lines, or begins their titles.
 _PROGRAMS = {
@@ -144,7 +145,7 @@ def token_finding(environment: Mapping[str, str], home: Path) -> Finding:
         home: Its home folder.
     """
     mode, joins = environment.get("RAY_AUTH_MODE"), "RAY_ADDRESS" in environment
-    file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token").expanduser()
+    file = token_file(environment, home)
     try:
         rights: int | None = stat.S_IMODE(file.stat().st_mode)
     except OSError:

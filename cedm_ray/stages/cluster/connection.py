@@ -20,7 +20,7 @@ from cedm_ray.config import SearchConfig
 from cedm_ray.errors import UserError
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.cluster.autoscaling import possible_nodes
-from cedm_ray.stages.cluster.joining import knock
+from cedm_ray.stages.cluster.joining import knock, token_file
 from cedm_ray.stages.cluster.shares import Shares, shares
 
 DASHBOARD_S = 30
@@ -103,7 +103,7 @@ def _start() -> None:
         except Exception as error:
             fix = "try again when the machine has less to do, or see /tmp/ray/session_latest/logs"
             raise UserError(f"Ray does not start on this machine ({_line(error)}); {fix}") from error
-    _keep_private(Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")))
+    _keep_private(token_file(os.environ))
 
 
 def _free_port() -> int:

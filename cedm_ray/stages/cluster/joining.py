@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
-
 TIMEOUT_S = 5.0
 # Answered by the process that a driver joins first, without a look at anything; the only name of Ray's own that is
 # used here. A release that answers to another one is left to Ray's own ways.
@@ -47,7 +45,22 @@ def _where_ray_looks(host: str) -> str:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         local = False
-    return str(ray.util.get_node_ip_address()) if local else host
+    if not local:
+        return host
+    import ray  # takes seconds, and whoever asks for the token's file alone needs none
+
+    return str(ray.util.get_node_ip_address())
+
+
+def token_file(environment: Mapping[str, str], home: Path | None = None) -> Path:
+    """Where Ray keeps the token, or looks for it; the file need not exist.
+
+    Args:
+        environment: May name another place; an empty name counts as none.
+        home: Home folder of the user (None: of this process).
+    """
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    return Path(named).expanduser() if named else (home or Path.home()) / ".ray" / "auth_token"
 
 
 def _token(environment: Mapping[str, str]) -> str | None:
@@ -56,10 +69,8 @@ def _token(environment: Mapping[str, str]) -> str | None:
         return None
     if "RAY_AUTH_TOKEN" in environment:
         return environment["RAY_AUTH_TOKEN"].strip()
-    path = environment.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(path).expanduser() if path else Path.home() / ".ray" / "auth_token"
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return token_file(environment).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
 

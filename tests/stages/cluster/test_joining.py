@@ -12,7 +12,7 @@ from cedm_ray.config import load
 from cedm_ray.errors import UserError
 from cedm_ray.stages.cluster import joining
 from cedm_ray.stages.cluster.connection import connected
-from cedm_ray.stages.cluster.joining import knock
+from cedm_ray.stages.cluster.joining import knock, token_file
 
 
 @pytest.fixture
@@ -69,3 +69,11 @@ def test_the_token_is_looked_for_where_ray_looks_for_it(tmp_path: Path, monkeypa
     assert joining._token({**mode, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}) == "of the path"
     assert joining._token({**mode, "RAY_AUTH_TOKEN_PATH": "x", "RAY_AUTH_TOKEN": "given"}) == "given"
     assert joining._token({"RAY_AUTH_TOKEN": "given"}) is None  # Ray shows none then
+
+
+def test_the_token_has_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual = tmp_path / ".ray" / "auth_token"
+    assert token_file({}) == token_file({"RAY_AUTH_TOKEN_PATH": ""}) == usual
+    assert token_file({"RAY_AUTH_TOKEN_PATH": "~/mine"}, Path("/home/other")) == tmp_path / "mine"
+    assert token_file({}, Path("/home/other")) == Path("/home/other/.ray/auth_token")
