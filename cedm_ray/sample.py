@@ -96,7 +96,8 @@ def sample(settings: SampleSettings, terminal: Terminal | None = None) -> tuple[
     model = open_exported(settings.run, device=device)
     _check_guidance(settings, model)
     probs = _conditions(settings.cluster, model)
-    confidence = open_confidence(model, settings.backbone_weights, device=device) if settings.confidence else None
+    weights = settings.backbone_weights and settings.backbone_weights.expanduser()
+    confidence = open_confidence(model, weights, device=device) if settings.confidence else None
     counter = WorkCounter("images", settings.num, "images")
     with whole(out) as scratch, terminal.stage(f"generating {settings.num:,} images", counter):
         folder = None if is_grid(out) else scratch

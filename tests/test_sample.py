@@ -295,7 +295,7 @@ def test_files_of_another_model_are_refused(
 
 
 def test_confidence_wants_the_very_weights_that_the_search_was_given(
-    make_export: MakeExport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_export: MakeExport, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import timm
 
@@ -310,7 +310,8 @@ def test_confidence_wants_the_very_weights_that_the_search_was_given(
     said = refusal(capsys, *given, "--backbone-weights", "1.pt")
     assert "backbone weights 1.pt (SHA-256 " in said and "are not those of the search" in said
     assert "backbone weights gone.pt do not exist" in refusal(capsys, *given, "--backbone-weights", "gone.pt")
-    assert main([*given, "--backbone-weights", "0.pt"]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([*given, "--backbone-weights", "~/0.pt"]) == 0
     assert len(read(tmp_path / "made")[1]) == 2
 
 

@@ -32,6 +32,7 @@ from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.storage.leftovers import remove_leftovers
 from cedm_ray.stages.storage.lock import owned
 from cedm_ray.stages.storage.mirror import Mirror
+from cedm_ray.stages.storage.paths import absolute
 from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words, told_clearly
 from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
@@ -106,7 +107,7 @@ class _Subject:
         """
         return cls(
             open_images(config),
-            check_backbone(config.backbone, config.backbone_weights),
+            check_backbone(config.backbone, absolute(config.backbone_weights)),
             check_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights),
         )
 

@@ -17,6 +17,7 @@ from cedm_ray.metrics.dinov2 import DINOV2_DIM
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
 from cedm_ray.stages.inputs.detectors import load_detectors
+from cedm_ray.stages.storage.paths import absolute
 
 
 def check_inputs(config: SearchConfig, source: ImageSource) -> None:
@@ -61,9 +62,10 @@ def _check_grouping(config: SearchConfig, source: ImageSource) -> None:
         read_assignments(config.assignments.expanduser(), num_images=len(source))
     if config.grouping == "clip":
         clip_class_names(config, source.class_names())
+        weights = absolute(config.clip.weights)
         try:
-            check_backbone(config.clip.model, config.clip.weights)
-            load_backbone(config.clip.model, config.clip.weights, device="cpu")
+            check_backbone(config.clip.model, weights)
+            load_backbone(config.clip.model, weights, device="cpu")
         except UserError as error:
             raise UserError(f"clip: {str(error).replace('--backbone-weights', '--clip.weights')}") from error
 
@@ -85,7 +87,8 @@ def _check_scores(config: SearchConfig, source: ImageSource) -> None:
     """Refuse detectors that do not fit the images, and too few images for a covariance of full rank."""
     shape = (source.channels, source.resolution, source.resolution)
     any_stats = PixelStats(np.zeros(shape, np.float32), np.ones((source.channels, 1, 1), np.float32))
-    backbone = load_backbone(config.backbone, config.backbone_weights, device="cpu", pixel_stats=any_stats)
+    weights = absolute(config.backbone_weights)
+    backbone = load_backbone(config.backbone, weights, device="cpu", pixel_stats=any_stats)
     if "lenet" in config.score.detectors and source.num_classes is None:
         raise UserError(
             "score.detector is lenet, which is trained on labels, and these images have none; "

@@ -9,6 +9,7 @@ from cedm_ray.config import load
 from cedm_ray.data.digits import digits
 from cedm_ray.data.sources import ArraySource
 from cedm_ray.errors import UserError
+from cedm_ray.stages.driver import _Subject
 from cedm_ray.stages.inputs import preflight
 from cedm_ray.stages.inputs.preflight import check_inputs, clip_class_names
 
@@ -82,3 +83,19 @@ def test_a_clip_model_that_cannot_be_fetched_is_refused_with_its_own_flag(monkey
     monkeypatch.setattr("open_clip.download_pretrained", no_network)
     said = refused(digits(), "--grouping", "clip", "--clip.model", "open_clip:ViT-B-32/openai")
     assert said.startswith("clip: the weights of") and said.endswith("pass a file with them: --clip.weights FILE")
+
+
+def test_weight_files_may_lie_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "x.pth")
+    flags = ["--backbone", "test_vit", "--score.detector", "backbone", "--score.also", "--backbone-weights"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home, plain = (load([*flags, file]) for file in ("~/x.pth", str(tmp_path / "x.pth")))
+    check_inputs(home, digits())
+    assert _Subject.of(home).key(home) == _Subject.of(plain).key(plain)
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "clip.yaml").write_text("clip: {weights: ~/clip.pt, class_names: ~/names.txt}\ngrouping: clip\n")
+    (tmp_path / "clip.pt").write_bytes(b"no weights")
+    said = refused(digits(), "--search-space", str(tmp_path / "clip.yaml"))
+    assert said.startswith(f"clip: backbone weights {tmp_path}/clip.pt") and "not a tensor file" in said
