@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -240,7 +242,6 @@ def test_a_bucket_that_is_not_there_or_does_not_answer_is_one_line(
 HOLD = """
 import sys, time
 from pathlib import Path
-from cedm_ray.stages.storage.checkpoints import keep_in_bucket, newest_whole
 from cedm_ray.stages.storage.claim import claimed
 with claimed(Path(sys.argv[1]), renew_s=0.5, expire_s=4):
     print("held", flush=True)
@@ -319,6 +320,41 @@ def test_a_driver_that_was_held_up_and_finds_another_in_its_place_ends(
         monkeypatch.setattr("cedm_ray.stages.storage.claim._now_s", lambda: now_s + 1000)
         assert lost.wait(5)
         assert mine in bucket.listed(run / "drivers")
+
+
+def test_a_claim_is_renewed_again_after_whatever_went_wrong(
+    server: tuple[str, Any], asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, lost, tried = copy_of(server, tmp_path, "trouble") / "digits-1", threading.Event(), threading.Event()
+
+    def too_many(file: Path, data: bytes) -> None:
+        tried.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with claimed(run, renew_s=0.1, expire_s=100, on_lost=lost.set):
+        with monkeypatch.context() as trouble:
+            trouble.setattr("cedm_ray.stages.storage.claim.write_object", too_many)
+            assert tried.wait(5)
+        asked.clear()
+        time.sleep(1)
+        assert asked.count("PUT") > 0 and not lost.is_set()
+
+
+def test_a_mirror_goes_on_after_whatever_went_wrong(
+    server: tuple[str, Any], asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = copy_of(server, tmp_path, "mirror-trouble") / "digits-1", []
+    run.mkdir(parents=True)
+    (run / "trials.json").write_text("{}")
+    mirror = Mirror(run)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with mirror.pushing(told.append, every_s=0.1):
+        with monkeypatch.context() as trouble:
+            trouble.setattr(mirror, "_send", full)
+            time.sleep(1)
+        time.sleep(1)
+        assert bucket.exists(run / "trials.json")
+    assert full.call_count > 1 and told == ["[Errno 28] No space left on device; it is tried again"]
 
 
 def test_what_a_driver_writes_is_in_the_bucket_and_on_the_next_machine(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cedm_ray.errors import UserError
 from cedm_ray.stages.storage import bucket
 from cedm_ray.stages.storage.bucket_files import fetch_file, keep_file
 from cedm_ray.stages.storage.claim import CLAIMS, claimed
@@ -122,7 +121,7 @@ class Mirror:
                 try:
                     self.push()
                     told = False
-                except UserError as error:
+                except Exception as error:  # whatever the store or its client says: it is tried again
                     if not told:
                         tell(f"{error}; it is tried again")
                     told = True
