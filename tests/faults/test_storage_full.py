@@ -244,7 +244,7 @@ def test_json_and_figures_that_do_not_fit_leave_the_old_ones_as_they_were(small:
 
 def test_a_storage_path_that_is_full_or_read_only_is_refused_in_one_line(small: Any, disk: Path) -> None:
     small.fill(8192)
-    finding = storage_finding(disk, Need("the rest of the search", 10**8))
+    finding = storage_finding(disk, lambda: Need("the rest of the search", 10**8))
     assert finding.level == "fail"
     assert re.match(line(disk, "the rest of the search"), f"{finding.text}; {finding.fix}")
     small.make_room()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from cedm_ray.stages.budget.spending import workload
 from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.inputs.features import MAX_KEPT
 from cedm_ray.stages.storage.checkpoints import NEWEST_KEPT, STATE_COPIES
-from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words
+from cedm_ray.stages.storage.storage_errors import Disk, Need, bytes_in_words
 
 INCEPTION_LOGITS = 1008
 AROUND = 100_000_000
@@ -177,7 +176,7 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
     """
     fewest, all_trials = trials_of(config, pile)
     least, most = disk_needed(config, pile, fewest, least=True), disk_needed(config, pile, all_trials)
-    free, stored = shutil.disk_usage(existing(storage)).free, stored_bytes(storage / "store")
+    free, stored = Disk.storage(storage).free, stored_bytes(storage / "store")
     text = f"{bytes_in_words(free)} free under {storage}"
     text += f" and {bytes_in_words(stored)} stored" if stored else ""
     fix = "make room, or give another --storage-path"
@@ -204,9 +203,3 @@ def stored_bytes(folder: Path) -> int:
         except OSError:  # gone since it was listed
             continue
     return sizes
-
-
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    path = path.expanduser().absolute()
-    return next(each for each in (path, *path.parents) if each.exists())

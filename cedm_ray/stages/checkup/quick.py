@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from cedm_ray.config import SearchConfig
@@ -32,10 +33,12 @@ def quick_findings(config: SearchConfig, source: ImageSource | None = None) -> l
         *version_findings(asked()),
         *machine_findings(0 if pile is None else checkpoint_bytes(config.diffusion, pile)),
         token_finding(os.environ, Path.home()),
-        storage_finding(storage) if pile is None else storage_finding(storage, still_needed(config, pile, storage)),
     ]
-    if pile is not None:
-        found.append(disk_finding(config, pile, storage))
+    if pile is None:
+        found.append(storage_finding(storage))
+    else:
+        need = partial(still_needed, config, pile, storage)
+        found += [storage_finding(storage, need), disk_finding(config, pile, storage)]
     uri = config.tracking_uri or f"sqlite:///{storage / 'mlflow.db'}"
     if not is_server(uri):
         found.append(store_finding(uri))

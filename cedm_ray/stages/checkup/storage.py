@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.storage.storage_errors import Disk, Need
 
 PROBE_BYTES = 2**20
-THE_SEARCH = Need("what a search stores", PROBE_BYTES)
 DATABASE_TIMEOUT_S = 2.0
 _SQLITE = "sqlite:///"
 
@@ -54,12 +53,17 @@ def write_probe(file: Path) -> None:
     partial.replace(file)
 
 
-def storage_finding(storage: Path, need: Need = THE_SEARCH) -> Finding:
+def the_search() -> Need:
+    """What is to be written where nothing is known of the search."""
+    return Need("what a search stores", PROBE_BYTES)
+
+
+def storage_finding(storage: Path, need: Callable[[], Need] = the_search) -> Finding:
     """Whether this process can write to the storage path.
 
     Args:
         storage: The folder; it is made for the probe if need be.
-        need: What is to be written there.
+        need: Says what is to be written there; asked when it is wanted.
     """
     try:
         with scratch_folder(storage) as folder:
@@ -67,7 +71,7 @@ def storage_finding(storage: Path, need: Need = THE_SEARCH) -> Finding:
     except OSError as error:
         fault = find_fault(error)
         if fault is not None and fault.kind != "refused":
-            return Finding.refused("storage", Disk.storage(storage).error(fault, need))
+            return Finding.refused("storage", Disk.storage(storage).error(fault, need()))
         return Finding(
             "storage", "fail", f"{storage} cannot be written ({error.strerror})",
             "give another folder with --storage-path, or see to its rights and its room",

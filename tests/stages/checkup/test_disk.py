@@ -24,6 +24,7 @@ from cedm_ray.stages.checkup.disk import (
     stored_bytes,
     trials_of,
 )
+from cedm_ray.stages.checkup.quick import quick_findings
 from cedm_ray.stages.storage.storage_errors import bytes_in_words
 
 DIGITS = Pile(1797, 8, 1, True)
@@ -114,7 +115,7 @@ def test_what_is_known_of_the_images() -> None:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(checkup_disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
 
 
 def test_a_disk_that_is_too_small_is_told_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +145,13 @@ def test_what_is_stored_already_counts(tmp_path: Path, monkeypatch: pytest.Monke
     assert finding.level == "ok" and "and 1.0 MB stored" in finding.text
     with_free(monkeypatch, most - stored - 1)
     assert disk_finding(config, DIGITS, tmp_path).level == "warn"
+
+
+def test_the_store_is_walked_once_at_every_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[Path] = []
+    monkeypatch.setattr(checkup_disk, "stored_bytes", lambda folder: walked.append(folder) or 0)
+    quick_findings(load(["--storage-path", str(tmp_path)]), digits())
+    assert walked == [tmp_path / "store"]
 
 
 @pytest.mark.parametrize(("size", "said"), [(999, "1 kB"), (2_500_000, "2.5 MB"), (1_234_567_890_123, "1,234.6 GB")])
