@@ -137,7 +137,7 @@ def _job(folder: Path, grouping: str, backbone: str, weights: Path | None, condi
 
 
 def _clustering(folder: Path, backbone: str, weights: Path | None) -> Any:
-    from cedm_ray.stages.inputs import groupings
+    from cedm_ray.stages.inputs import clusterings
     from cedm_ray.stages.inputs.embed import Embeddings
     from cedm_ray.stages.storage.store import Store
 
@@ -148,10 +148,10 @@ def _clustering(folder: Path, backbone: str, weights: Path | None) -> Any:
     np.save(folder / "neighbors.npy", knn(values, 10))
     identity = check_backbone(backbone, weights)
     inputs = {"images": "some", "backbone": backbone, "weights": identity, "dtype": "float32"}
-    job = groupings.clustering_job(
+    job = clusterings.clustering_job(
         SearchConfig(temi=TEMI), inputs, folder / "images", NUM_CLUSTERS, Store(folder / "store")
     )
-    groupings.fit(job, Embeddings(folder / "embeddings.npy", folder / "neighbors.npy", inputs), 1.0, Mock())
+    clusterings.fit(job, Embeddings(folder / "embeddings.npy", folder / "neighbors.npy", inputs), 1.0, Mock())
     return job
 
 

@@ -8,9 +8,9 @@ import ray
 
 from cedm_ray.errors import UserError
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.inputs import groupings
+from cedm_ray.stages.inputs import clusterings
+from cedm_ray.stages.inputs.clusterings import clustering_job
 from cedm_ray.stages.inputs.embed import Embeddings
-from cedm_ray.stages.inputs.groupings import clustering_job
 from cedm_ray.stages.probes import tell_probe
 from cedm_ray.stages.results.bounds import LowerBound
 from cedm_ray.stages.storage.store import write_json
@@ -39,7 +39,7 @@ def find_lower_bound(ctx: Context, embeddings: Embeddings, end: int) -> LowerBou
         for clusters in sorted({min(clusters, largest) for clusters in wanted})
     ]
     shares = ctx.shares
-    task = ray.remote(groupings.fit).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
+    task = ray.remote(clusterings.fit).options(num_cpus=shares.cpus_per_probe, num_gpus=shares.gpus_per_probe)
     running = {task.remote(job, embeddings, shares.cpus_per_probe, ctx.board): job for job in jobs}
     used = []
     waiting = list(running)

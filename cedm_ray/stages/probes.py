@@ -16,9 +16,9 @@ from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.config import SearchConfig
 from cedm_ray.stages.cluster.board import Board
 from cedm_ray.stages.context import Context
-from cedm_ray.stages.inputs import groupings
+from cedm_ray.stages.inputs import clusterings
+from cedm_ray.stages.inputs.clusterings import ClusteringJob, clustering_job
 from cedm_ray.stages.inputs.embed import Embeddings
-from cedm_ray.stages.inputs.groupings import ClusteringJob, clustering_job
 from cedm_ray.stages.results.bounds import ProbeRecord
 from cedm_ray.stages.show.progress import ProbeFacts
 from cedm_ray.stages.show.stopping import Stopping
@@ -137,7 +137,7 @@ def run_probe(config: Mapping[str, Any], jobs: ProbeJobs, embeddings: Embeddings
     An exception would be taken for the death of its process or node, after which Tune starts it again.
     """
     try:
-        facts = groupings.fit(jobs(Probe(**config)), embeddings, cpus, board)
+        facts = clusterings.fit(jobs(Probe(**config)), embeddings, cpus, board)
     except Exception as error:
         if find_fault(error) is not None:
             raise  # the driver ends the search for it

@@ -10,7 +10,7 @@ from cedm_ray.clustering.paper_rule import PaperRule
 from cedm_ray.clustering.probes import BoundSearch, Probe
 from cedm_ray.clustering.upper_bound import UpperBoundSearch
 from cedm_ray.config import load
-from cedm_ray.stages.inputs.groupings import clustering_job
+from cedm_ray.stages.inputs.clusterings import clustering_job
 from cedm_ray.stages.probes import MAX_FAILURES, ProbeJobs, ProbeSearcher
 from cedm_ray.stages.results.bounds import LowerBound, UpperBound
 from cedm_ray.stages.storage.store import Store

@@ -16,7 +16,7 @@ import torch
 
 from cedm_ray.stages.cluster.board import Beat, Board
 from cedm_ray.stages.cluster.shares import Shares
-from cedm_ray.stages.inputs import groupings
+from cedm_ray.stages.inputs import clusterings
 from cedm_ray.stages.inputs.embed import Embeddings
 from cedm_ray.stages.storage.bucket_files import look_for
 from cedm_ray.stages.storage.checkpoints import STATE_COPIES, forget_snapshot, keep_in_bucket
@@ -59,7 +59,7 @@ def run_trial(
     def train() -> None:
         if job.clustering is not None and planner.store.facts(job.clustering.path) is None:
             # Outside the trial's own share, which is a place on the head and no CPU.
-            task = ray.remote(groupings.fit).options(
+            task = ray.remote(clusterings.fit).options(
                 num_cpus=shares.cpus_per_probe,
                 num_gpus=shares.gpus_per_probe,
                 scheduling_strategy="DEFAULT",

@@ -10,7 +10,8 @@ from typing import Any
 from cedm_ray.config import SearchConfig
 from cedm_ray.diffusion.compute import ComputeSettings
 from cedm_ray.settings import SEARCHED, DiffusionSettings, ScoreSettings
-from cedm_ray.stages.inputs.groupings import ClusteringJob, GivenGrouping, clustering_job
+from cedm_ray.stages.inputs.clusterings import ClusteringJob, clustering_job
+from cedm_ray.stages.inputs.groupings import GivenGrouping
 from cedm_ray.stages.inputs.scoring import Scoring
 from cedm_ray.stages.storage.store import Store
 
