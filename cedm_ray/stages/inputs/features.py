@@ -50,7 +50,7 @@ class FeatureParts:
     def bounds(self) -> list[tuple[int, int]]:
         """First image of each part, and the one after its last; they do not depend on the number of workers."""
         num_images = len(images_here(self.images))
-        size = PART if num_images <= MAX_KEPT else -(-num_images // NUM_SUM_PARTS)
+        size = PART if self.kept else -(-num_images // NUM_SUM_PARTS)
         return [(start, min(start + size, num_images)) for start in range(0, num_images, size)]
 
     def inputs(self, bounds: tuple[int, int]) -> dict[str, Any]:
@@ -82,18 +82,18 @@ class FeatureParts:
             on_images: Is told how many more images are done.
         """
         packed, path, facts = images_here(self.images), self.path(bounds), {"made_by": detector_facts(detector)}
-        features, logits, sums = [], [], FeatureSums(detector.dim, device=device)
+        features, logits, sums, kept = [], [], FeatureSums(detector.dim, device=device), self.kept
         for start in range(*bounds, BATCH):
             block = torch.from_numpy(packed.read(start, min(start + BATCH, bounds[1]))).to(device)
             found, scores = features_and_logits(detector, block)
-            if self.kept:
+            if kept:
                 features.append(found.cpu())
                 logits += [scores.cpu()] if scores is not None else []
             else:
                 sums.update(found)
             on_images(len(block))
         with self.store.create(path, self.inputs(bounds), facts) as scratch:
-            if not self.kept:
+            if not kept:
                 save_sums(sums, scratch / SUMS_FILE)
             for blocks, name in ((features, FEATURES_FILE), (logits, LOGITS_FILE)):
                 if blocks:
@@ -127,14 +127,15 @@ class FeatureParts:
 
     def stats(self) -> FeatureStats:
         """Mean and covariance over all images: merged in the order of the images, whoever made the parts."""
-        sums = FeatureSums(self.facts()["dim"])
+        facts, kept = self.facts(), self.kept
+        sums = FeatureSums(facts["dim"])
         for bounds in self.bounds():
             path = self.path(bounds)
-            if self.kept:
+            if kept:
                 sums.update(torch.from_numpy(_read(path / FEATURES_FILE)))
             else:
                 sums.merge(load_sums(here(path / SUMS_FILE)))
-        return FeatureStats(*sums.mean_cov(), StatsFacts(**self.facts(), count=int(sums.count)))
+        return FeatureStats(*sums.mean_cov(), StatsFacts(**facts, count=int(sums.count)))
 
 
 def _read(file: Path) -> NDArray[np.float32]:
