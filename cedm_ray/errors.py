@@ -35,6 +35,19 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def first_line(error: BaseException, limit: int | None = 200, *, named: bool = False) -> str:
+    """What an error says in its first line; the name of its class where it says nothing.
+
+    Args:
+        error: Whatever was raised.
+        limit: Characters at the most (None: all of them).
+        named: Put the name of its class before it.
+    """
+    kind = type(error).__name__
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (f"{kind}: {said}" if said and named else said or kind)[:limit]
+
+
 def did_you_mean(word: str, known: Iterable[str], n: int = 1) -> str:
     """The end of a line about an unknown name: ``; did you mean gamma?``, or nothing where none is like it.
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from cedm_ray.errors import first_line
+
 _EAGER_STEPS = 3  # before the capture: optimizer states, gradients and the libraries' workspaces come to be in them
 
 
@@ -46,8 +48,8 @@ class Repeated:
             self._graph = _captured(self._step)
         except RuntimeError as error:
             self._capturable = False
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"no CUDA graph of the TEMI step ({reason}); training goes on without", stacklevel=3)
+            said = f"no CUDA graph of the TEMI step ({first_line(error)}); training goes on without"
+            warnings.warn(said, stacklevel=3)
 
 
 def selected(device: torch.device) -> AbstractContextManager[object]:

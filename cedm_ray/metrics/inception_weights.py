@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, first_line
 from cedm_ray.metrics.detector_weights import read_tensors
 from cedm_ray.weights.files import WeightKind, check_weight_file
 from cedm_ray.weights.listing import file_sha256
@@ -94,10 +94,9 @@ def _knock() -> None:
 
 
 def _unreachable(error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"the weights of FID's Inception-v3 are not at {_canonical_path()} and {_URL} cannot be fetched ({reason}); "
-        "pass a file with them: --detector-weights FILE"
+        f"the weights of FID's Inception-v3 are not at {_canonical_path()} and {_URL} cannot be fetched "
+        f"({first_line(error)}); pass a file with them: --detector-weights FILE"
     )
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, first_line
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar")
 _BEFORE_ZIP = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -84,7 +84,9 @@ def read_weight_file(path: Path, kind: WeightKind) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch names no common class for what a damaged file can raise
         objects = _objects(path)
-        reason = f"they hold {', '.join(objects)}, not plain tensors alone" if objects else _first_sentence(error)
+        reason = first_line(error).partition(". ")[0]
+        if objects:
+            reason = f"they hold {', '.join(objects)}, not plain tensors alone"
         advice = _STRIP if objects == [_NAMESPACE] else "get a file of plain tensors, a state dict, from its maker"
         raise UserError(f"{kind.name} weights {path} cannot be read ({reason}); {advice}") from error
 
@@ -95,11 +97,6 @@ def _objects(path: Path) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # a damaged file, or none of torch.save
         return []
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0].partition(". ")[0] if lines else type(error).__name__
 
 
 def fill(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cedm_ray.errors import first_line
 from cedm_ray.features.neighbors import faiss_device
 from cedm_ray.stages.checkup.finding import Finding
 
@@ -46,8 +47,8 @@ def device_finding(device: torch.device) -> Finding:
         try:
             error = kernel_error(name, device)
         except RuntimeError as problem:
-            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
-            return Finding("GPUs", "fail", f"{label} fails at {name} in bfloat16 ({reason})", REINSTALL)
+            text = f"{label} fails at {name} in bfloat16 ({first_line(problem)})"
+            return Finding("GPUs", "fail", text, REINSTALL)
         if not error <= TOLERANCE:
             text = f"{label} is wrong at {name} by {error:.1%}; bfloat16 explains at most {TOLERANCE:.0%}"
             return Finding("GPUs", "fail", text, "take this GPU out of the cluster, and look at nvidia-smi -q")

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, first_line
 from cedm_ray.settings import ResourceSettings
 from cedm_ray.stages.checkup.finding import Finding, merged
 from cedm_ray.stages.checkup.gpus import gpu_findings
@@ -50,7 +50,8 @@ def cluster_findings(config: SearchConfig, checkpoint: int) -> list[Finding]:
     except UserError as error:
         return [Finding.refused("Ray", error)]
     except (OSError, RuntimeError, ValueError) as error:  # it is gone in the middle of it
-        return [Finding("Ray", "fail", f"it ended ({_first_line(error)})", "see /tmp/ray/session_latest/logs")]
+        text = f"it ended ({first_line(error, named=True)})"
+        return [Finding("Ray", "fail", text, "see /tmp/ray/session_latest/logs")]
 
 
 def files_of(config: SearchConfig) -> tuple[tuple[str, Path], ...]:
@@ -129,7 +130,7 @@ def _answer(task: Any, late: Finding) -> list[Finding]:
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         fix = "install cedm_ray with its constraints.txt on this node too, and see its logs in /tmp/ray"
-        return [Finding("node", "fail", f"a task failed ({_first_line(cause)})", fix)]
+        return [Finding("node", "fail", f"a task failed ({first_line(cause, named=True)})", fix)]
 
 
 def fit_findings(settings: ResourceSettings, nodes: Sequence[Mapping[str, Any]], checkpoint: int) -> list[Finding]:
@@ -156,8 +157,3 @@ def fit_findings(settings: ResourceSettings, nodes: Sequence[Mapping[str, Any]],
     each = f"{fits.num_workers} x {fits.cpus_per_worker:g} CPU and {fits.gpus_per_worker:g} GPU"
     text = f"a training takes {each}; {fits.max_trials} fit at once, and {fits.max_probes} clusterings"
     return [*found, Finding("one trial", "ok", text)]
-
-
-def _first_line(error: BaseException) -> str:
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__

@@ -17,7 +17,7 @@ from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, first_line
 from cedm_ray.stages import RAY_ENVIRONMENT
 from cedm_ray.stages.cluster.autoscaling import possible_nodes
 from cedm_ray.stages.cluster.joining import knock, token_file
@@ -130,8 +130,8 @@ def _join(address: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    return said[0][:200].replace("; ", ", ") if said else type(error).__name__
+    """What an error says, inside a line whose parts a semicolon divides."""
+    return first_line(error).replace("; ", ", ")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.addresses import without_credentials
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, first_line
 from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.tracking import links
 from cedm_ray.stages.tracking.outbox import Operation, OutageError, RefusedError
@@ -276,5 +276,5 @@ def _reason(error: Exception) -> str:
     fault = find_fault(error)
     if fault is not None and fault.kind in ("full", "read-only"):  # SQLAlchemy begins with other things
         return f"its disk is {fault.kind}"
-    text = without_credentials(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+    text = without_credentials(first_line(error, None))
     return text if len(text) <= 200 else f"{text[:80]} ... {text[-110:]}"

@@ -17,6 +17,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
+from cedm_ray.errors import first_line
+
 FAILED = "failed"
 """In what a training reports: why it ends before its time; such a report has no rung."""
 MOST_IN_A_ROW = 5
@@ -51,8 +53,8 @@ class Failure:
         # Where a process died, the exceptions of the others are what they saw of it.
         if not own or any(map(_from_outside, causes)):
             dead = [cause for cause in causes if _from_outside(cause) and not isinstance(cause, ActorUnavailableError)]
-            return cls("killed", _line((dead or causes)[0]))
-        return cls("own", _line(own[0]), isinstance(own[0], torch.OutOfMemoryError))
+            return cls("killed", first_line((dead or causes)[0], 300, named=True))
+        return cls("own", first_line(own[0], 300, named=True), isinstance(own[0], torch.OutOfMemoryError))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -79,12 +81,6 @@ def _from_outside(cause: BaseException) -> bool:
 def _peer_is_gone(cause: BaseException) -> bool:
     lost = isinstance(cause, RuntimeError) and PEER_IS_GONE.search(str(cause)) is not None
     return lost or isinstance(cause, torch.distributed.DistNetworkError)
-
-
-def _line(error: BaseException) -> str:
-    """The kind of an exception and the first line of what it says."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}"[:300].removesuffix(": ")
 
 
 class Interruptions:
