@@ -62,7 +62,7 @@ def pack_images(
             for _ in pack(source, path, on_bad_image=on_bad_image):
                 pass
         packed = load_packed(path)
-        write_json(path / FILES, sealed(Listing.of(path).values()))
+        _list_files(path)
     keep_entry(path)
     if packed.facts.skipped:
         terminal.line(f"{packed.facts.skipped:,} bad images were left out; they are listed in {path / 'skipped.txt'}")
@@ -75,28 +75,33 @@ def images_here(folder: Path) -> PackedImages:
 
 
 def _packed(path: Path) -> PackedImages | None:
-    """The packed images in a folder; None where packing was never finished. What is not whole is set aside."""
+    """The packed images in a folder; None where packing was never finished.
+
+    All of their bytes are looked at. What is not whole is set aside; a list of the files that is missing is made.
+    """
     if not (path / FACTS).is_file():
         return None
+    listed = read_json(path / FILES)
+    # Else packed by an earlier version, or by a process that was killed before it wrote the list.
+    listing = Listing.read(listed) if listed is not None and seal_fits(listed) else None
     try:
         packed = load_packed(path)
-        fault = _fault(path, packed)
+        fault = _pixels_fault(packed) if listing is None else listing.fault(path)
     except UserError as error:
         fault = str(error)
     if fault is not None:
         set_aside(path, fault)
         return None
+    if listing is None:
+        _list_files(path)
     return packed
 
 
-def _fault(path: Path, packed: PackedImages) -> str | None:
-    """What is wrong with packed images, in words; all of their bytes are looked at."""
-    listed = read_json(path / FILES)
-    if listed is not None and seal_fits(listed):
-        return Listing.read(listed).fault(path)
-    # Packed by an earlier version, or killed before the list was written.
+def _pixels_fault(packed: PackedImages) -> str | None:
+    """What is wrong with the pixels of packed images, in words."""
     found = hashlib.sha256(packed.images.data).hexdigest()
-    if found != packed.facts.pixels_sha256:
-        return f"{IMAGES} has another content than was written"
+    return None if found == packed.facts.pixels_sha256 else f"{IMAGES} has another content than was written"
+
+
+def _list_files(path: Path) -> None:
     write_json(path / FILES, sealed(Listing.of(path).values()))
-    return None
