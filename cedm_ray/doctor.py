@@ -15,8 +15,8 @@ from rich.text import Text
 
 from cedm_ray.config import SearchConfig, load
 from cedm_ray.errors import UserError
-from cedm_ray.stages.checkup.disk import Pile, checkpoint_bytes
-from cedm_ray.stages.checkup.inputs import open_images, settings_findings, weights_of
+from cedm_ray.stages.checkup.disk import ImageSet, checkpoint_bytes
+from cedm_ray.stages.checkup.inputs import images_finding, settings_findings, weights_of
 from cedm_ray.stages.checkup.quick import Finding, quick_findings
 from cedm_ray.stages.checkup.storage import is_server, server_finding
 from cedm_ray.stages.checkup.versions import import_finding
@@ -41,31 +41,31 @@ def examine(config: SearchConfig, terminal: Terminal) -> list[Finding]:
         The findings, in the order in which a search would come upon them.
     """
     terminal.line("looking at the images, the weights and this machine")
-    source, data = open_images(config)
-    pile = Pile.of(config, source)
+    source, data = images_finding(config)
+    images = ImageSet.of(config, source)
     weights = weights_of(config)
     loaded = all(each.present for each in weights)
     found = [
         *quick_findings(config, source),
         data,
         *(each.finding for each in weights),
-        *settings_findings(config, source, pile, loaded=loaded),
+        *settings_findings(config, source, images, loaded=loaded),
     ]
     if config.tracking_uri is not None and is_server(config.tracking_uri):
         found.append(server_finding(config.tracking_uri))
     terminal.line("importing the libraries")
     found.append(import_finding())
-    return [*found, *_cluster(config, pile, terminal)]
+    return [*found, *_cluster(config, images, terminal)]
 
 
-def _cluster(config: SearchConfig, pile: Pile | None, terminal: Terminal) -> list[Finding]:
+def _cluster(config: SearchConfig, images: ImageSet | None, terminal: Terminal) -> list[Finding]:
     address = os.environ.get("RAY_ADDRESS")
     terminal.line(f"joining Ray at {address}" if address else "starting Ray, which takes some seconds")
     # Ray takes seconds to import.
     from cedm_ray.stages.checkup.nodes import cluster_findings
 
     with tempfile.TemporaryDirectory() as folder, output_to(Path(folder) / "ray.log", terminal.console):
-        return cluster_findings(config, 0 if pile is None else checkpoint_bytes(config.diffusion, pile))
+        return cluster_findings(config, 0 if images is None else checkpoint_bytes(config.diffusion, images))
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:

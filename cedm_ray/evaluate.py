@@ -26,7 +26,7 @@ from cedm_ray.flags import parse_flags
 from cedm_ray.metrics.evaluation import EvaluationInputs, evaluate_features
 from cedm_ray.metrics.scores import Score
 from cedm_ray.report.tables import scores_table
-from cedm_ray.stages.inputs.detectors import DetectorSpec, check_detectors, lenet_spec, load_detectors
+from cedm_ray.stages.inputs.detectors import DetectorSpec, check_detectors, lenet_spec, try_detectors
 from cedm_ray.stages.inputs.features import MAX_KEPT, FeatureParts
 from cedm_ray.stages.inputs.images import pack_images
 from cedm_ray.stages.results.score_rows import score_row
@@ -113,7 +113,7 @@ def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> li
     if settings.out is not None:
         _try_out(settings.out.expanduser())
     hashes = check_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
-    load_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
+    try_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
     store = Store(prepare_storage(settings.storage()) / "store")
     piles = _piles(settings, store, terminal)
     found: list[Score] = []

@@ -96,7 +96,7 @@ def test_only_the_first_images_are_scored_where_so_many_are_asked_for(place: Pat
 def test_a_place_where_the_scores_cannot_go_is_refused_before_any_work(
     place: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_detectors", None)  # what comes first of the work
+    monkeypatch.setattr(evaluate, "try_detectors", None)  # what comes first of the work
     flags = ["--images", str(place / "near"), "--detectors", "lenet", "--out", str(place / out)]
     assert main(flags) == 2
     error = capsys.readouterr().err

@@ -17,7 +17,7 @@ from cedm_ray.errors import UserError
 from cedm_ray.features.backbones import check_backbone
 from cedm_ray.report.read_run import CONFIG_FILE
 from cedm_ray.stages.budget.plan import plan_of
-from cedm_ray.stages.checkup.disk import Pile, still_needed
+from cedm_ray.stages.checkup.disk import ImageSet, still_needed
 from cedm_ray.stages.checkup.quick import quick_findings, refuse_failures
 from cedm_ray.stages.inputs.detectors import check_detectors
 from cedm_ray.stages.inputs.images import open_images, pack_images
@@ -118,9 +118,9 @@ class _Subject:
 
 
 def _still_needed(config: SearchConfig, source: ImageSource, storage: Path) -> Need:
-    pile = Pile.of(config, source)
-    assert pile is not None  # of images that are there it is known
-    return still_needed(config, pile, storage)
+    images = ImageSet.of(config, source)
+    assert images is not None  # of images that are there it is known
+    return still_needed(config, images, storage)
 
 
 def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None:

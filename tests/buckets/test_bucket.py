@@ -65,7 +65,7 @@ def objects(server: tuple[str, Any], prefix: str = "") -> dict[str, bytes]:
 def test_a_storage_path_has_a_folder_that_says_where_its_bucket_is(given: str, folder: str, address: str) -> None:
     found = storage_folder(Path(given), Path("/copies"))
     assert str(found) == folder and bucket.address(found) == address
-    assert bucket.place(found) == (address.removeprefix("s3://") if address.startswith("s3") else None)
+    assert bucket.bucket_key(found) == (address.removeprefix("s3://") if address.startswith("s3") else None)
 
 
 @pytest.mark.parametrize(

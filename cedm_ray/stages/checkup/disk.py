@@ -33,7 +33,7 @@ NUM_IMAGES = {"digits": 1_797, "cifar10": 50_000, "cifar100": 50_000, "ffhq64": 
 
 
 @dataclass(frozen=True)
-class Pile:
+class ImageSet:
     """How many images of which size."""
 
     num_images: int
@@ -43,7 +43,7 @@ class Pile:
     has_labels: bool
 
     @classmethod
-    def of(cls, config: SearchConfig, source: ImageSource | None) -> Pile | None:
+    def of(cls, config: SearchConfig, source: ImageSource | None) -> ImageSet | None:
         """The images of a search; of a named data set also where its files are not there, else None then."""
         if source is not None:
             return cls(len(source), source.resolution, source.channels, source.num_classes is not None)
@@ -69,16 +69,16 @@ class DiskNeed:
         return f"{bytes_in_words(self.total)}, {bytes_in_words(largest[1])} of them {largest[0]}"
 
 
-def disk_needed(config: SearchConfig, pile: Pile, num_trials: int, *, least: bool = False) -> DiskNeed:
+def disk_needed(config: SearchConfig, images: ImageSet, num_trials: int, *, least: bool = False) -> DiskNeed:
     """What a search will store that starts with an empty storage path; an estimate.
 
     Args:
         config: The settings.
-        pile: The images.
+        images: The images.
         num_trials: Trainings, each of which keeps checkpoints.
         least: Take it that every training is best at its end, so that it keeps no third state.
     """
-    n, pixels = pile.num_images, pile.channels * pile.resolution**2
+    n, pixels = images.num_images, images.channels * images.resolution**2
     embedded = 2 * embedding_dim(config.backbone, pixels)  # Parquet, and one array
     if config.grouping == "clip":
         embedded += 2 * embedding_dim(config.clip.model, pixels)
@@ -86,7 +86,7 @@ def disk_needed(config: SearchConfig, pile: Pile, num_trials: int, *, least: boo
     widths = feature_widths(config)
     real = n if n <= MAX_KEPT else 0
     stats = sum(8 * width**2 for width in widths)  # float64 covariances: of the references, and with the model
-    state = checkpoint_bytes(config.diffusion, pile)
+    state = checkpoint_bytes(config.diffusion, images)
     kept = kept_bytes(state, len(config.granularity.rungs_kimg()), NEWEST_KEPT + (not least))
     return DiskNeed(
         (
@@ -114,9 +114,9 @@ def kept_bytes(state: int, num_rungs: int, states: int) -> int:
     return whole * state + (num_rungs - whole) * (state // STATE_COPIES)
 
 
-def checkpoint_bytes(net: NetSettings, pile: Pile) -> int:
+def checkpoint_bytes(net: NetSettings, images: ImageSet) -> int:
     """Size of one checkpoint of a training."""
-    return STATE_COPIES * 4 * _num_parameters(net, pile.resolution, pile.channels)
+    return STATE_COPIES * 4 * _num_parameters(net, images.resolution, images.channels)
 
 
 @lru_cache
@@ -149,9 +149,9 @@ def embedding_dim(backbone: str, pixels: int) -> int:
     return int(getattr(model, "head_hidden_size", None) or model.num_features)
 
 
-def trials_of(config: SearchConfig, pile: Pile) -> tuple[int, int]:
+def trials_of(config: SearchConfig, images: ImageSet) -> tuple[int, int]:
     """How many trainings a search makes at least and at most, baselines included, as far as its budget is in images."""
-    work, settings = workload(config, has_labels=pile.has_labels), config.granularity
+    work, settings = workload(config, has_labels=images.has_labels), config.granularity
     if not work.grid_points:
         return work.num_baselines, work.num_baselines
     allowed_kimg = Plan(config, work, None, None).search_kimg
@@ -163,7 +163,7 @@ def trials_of(config: SearchConfig, pile: Pile) -> tuple[int, int]:
     return least + work.num_baselines, most + work.num_baselines + work.num_confirmed
 
 
-def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
+def disk_finding(config: SearchConfig, images: ImageSet, storage: Path) -> Finding:
     """Whether the storage path has room for what is still to be stored.
 
     What the store holds already counts as stored, whichever search it is of: a search that goes on is not refused for
@@ -171,11 +171,11 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
 
     Args:
         config: The settings.
-        pile: The images.
+        images: The images.
         storage: The storage path, or where it will be made.
     """
-    fewest, all_trials = trials_of(config, pile)
-    least, most = disk_needed(config, pile, fewest, least=True), disk_needed(config, pile, all_trials)
+    fewest, all_trials = trials_of(config, images)
+    least, most = disk_needed(config, images, fewest, least=True), disk_needed(config, images, all_trials)
     free, stored = Disk.storage(storage).free, stored_bytes(storage / "store")
     text = f"{bytes_in_words(free)} free under {storage}"
     text += f" and {bytes_in_words(stored)} stored" if stored else ""
@@ -187,11 +187,11 @@ def disk_finding(config: SearchConfig, pile: Pile, storage: Path) -> Finding:
     return Finding("disk", "ok", f"{text}; the search needs at most {most}")
 
 
-def still_needed(config: SearchConfig, pile: Pile, storage: Path) -> Need:
+def still_needed(config: SearchConfig, images: ImageSet, storage: Path) -> Need:
     """What a search may still store, beside what the store holds already."""
-    most = disk_needed(config, pile, trials_of(config, pile)[1])
+    most = disk_needed(config, images, trials_of(config, images)[1])
     left = most.total - stored_bytes(storage / "store")
-    return Need("the rest of the search", max(left, checkpoint_bytes(config.diffusion, pile)))
+    return Need("the rest of the search", max(left, checkpoint_bytes(config.diffusion, images)))
 
 
 def stored_bytes(folder: Path) -> int:

@@ -18,10 +18,10 @@ from cedm_ray.metrics.dinov2 import check_dinov2
 from cedm_ray.metrics.inception import check_inception
 from cedm_ray.metrics.inception_weights import CANONICAL_NAME
 from cedm_ray.stages.budget.plan import plan_of
-from cedm_ray.stages.checkup.disk import Pile
+from cedm_ray.stages.checkup.disk import ImageSet
 from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.checkup.web import answer_of
-from cedm_ray.stages.inputs import images
+from cedm_ray.stages.inputs.images import open_images
 from cedm_ray.stages.inputs.preflight import check_inputs
 from cedm_ray.stages.storage.paths import absolute
 
@@ -39,10 +39,10 @@ class Weights:
     finding: Finding
 
 
-def open_images(config: SearchConfig) -> tuple[ImageSource | None, Finding]:
+def images_finding(config: SearchConfig) -> tuple[ImageSource | None, Finding]:
     """The images of a search, where they are there; nothing is downloaded."""
     try:
-        source = images.open_images(config, download=False)
+        source = open_images(config, download=False)
     except UserError as error:
         layout = _CIFAR.get(config.dataset)
         archives = [] if layout is None else [layout.binary_archive, layout.python_archive]
@@ -148,14 +148,14 @@ def _on_hub(name: str, model: str, repository: str, flag: str) -> Weights:
 
 
 def settings_findings(
-    config: SearchConfig, source: ImageSource | None, pile: Pile | None, *, loaded: bool
+    config: SearchConfig, source: ImageSource | None, images: ImageSet | None, *, loaded: bool
 ) -> list[Finding]:
     """Whether the settings fit the images and one another, and the budget holds one training.
 
     Args:
         config: The settings.
         source: The images, where they are there.
-        pile: What is known of them.
+        images: What is known of them.
         loaded: Whether all weights are there, so that they can be tried.
     """
     found = []
@@ -167,9 +167,9 @@ def settings_findings(
         if source is not None and loaded and not found:
             check_inputs(config, source)
             found.append(Finding("settings", "ok", "they fit the images, and the weights fit their networks"))
-        if pile is not None:
+        if images is not None:
             storage = config.storage_path.expanduser().absolute()
-            plan_of(config, storage, pile.resolution, has_labels=pile.has_labels).check()
+            plan_of(config, storage, images.resolution, has_labels=images.has_labels).check()
     except UserError as error:
         found.append(Finding.refused("settings", error))
     return found

@@ -12,7 +12,7 @@ from cedm_ray.stages.checkup.machine import machine_findings
 from cedm_ray.stages.checkup.ports import jobs_finding, listeners, port_finding
 from cedm_ray.stages.checkup.storage import write_probe
 from cedm_ray.stages.checkup.versions import asked, version_findings
-from cedm_ray.stages.storage.bucket import address, place, read_object, remove_object, write_object
+from cedm_ray.stages.storage.bucket import address, bucket_key, read_object, remove_object, write_object
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def look(needs: Needs, file: Path, elsewhere: bool) -> list[Finding]:
     """
     found = [*version_findings(asked()), *machine_findings(needs.checkpoint)] if elsewhere else []
     try:
-        if place(file) is None:
+        if bucket_key(file) is None:
             write_probe(file)
         write_object(file, b"seen")
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cedm_ray.config import SearchConfig
 from cedm_ray.data.sources import ImageSource
-from cedm_ray.stages.checkup.disk import Pile, checkpoint_bytes, disk_finding, still_needed
+from cedm_ray.stages.checkup.disk import ImageSet, checkpoint_bytes, disk_finding, still_needed
 from cedm_ray.stages.checkup.finding import Finding, refuse_failures
 from cedm_ray.stages.checkup.machine import machine_findings
 from cedm_ray.stages.checkup.ports import token_finding
@@ -28,17 +28,17 @@ def quick_findings(config: SearchConfig, source: ImageSource | None = None) -> l
     Returns:
         One finding or more for each check; give them to :func:`refuse_failures` to end with the first failure.
     """
-    storage, pile = config.storage_path.expanduser().absolute(), Pile.of(config, source)
+    storage, images = config.storage_path.expanduser().absolute(), ImageSet.of(config, source)
     found = [
         *version_findings(asked()),
-        *machine_findings(0 if pile is None else checkpoint_bytes(config.diffusion, pile)),
+        *machine_findings(0 if images is None else checkpoint_bytes(config.diffusion, images)),
         token_finding(os.environ, Path.home()),
     ]
-    if pile is None:
+    if images is None:
         found.append(storage_finding(storage))
     else:
-        need = partial(still_needed, config, pile, storage)
-        found += [storage_finding(storage, need), disk_finding(config, pile, storage)]
+        need = partial(still_needed, config, images, storage)
+        found += [storage_finding(storage, need), disk_finding(config, images, storage)]
     uri = config.tracking_uri or f"sqlite:///{storage / 'mlflow.db'}"
     if not is_server(uri):
         found.append(store_finding(uri))

@@ -25,7 +25,7 @@ from cedm_ray.stages.storage.store import Store
 LENET_FILE = "lenet.safetensors"
 
 
-def load_detectors(names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None) -> None:
+def try_detectors(names: Collection[DetectorName], detector_weights: Path | None, dinov2_weights: Path | None) -> None:
     """Load the detectors that need weight files once, so that what does not fit is found before hours are spent.
 
     Raises:

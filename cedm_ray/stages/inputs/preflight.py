@@ -16,7 +16,7 @@ from cedm_ray.features.zero_shot_text import read_class_names
 from cedm_ray.metrics.dinov2 import DINOV2_DIM
 from cedm_ray.metrics.inception import InceptionDetector
 from cedm_ray.metrics.lenet import FEATURE_DIM
-from cedm_ray.stages.inputs.detectors import load_detectors
+from cedm_ray.stages.inputs.detectors import try_detectors
 from cedm_ray.stages.storage.paths import absolute
 
 
@@ -111,4 +111,4 @@ def _check_scores(config: SearchConfig, source: ImageSource) -> None:
                 f"{name} is {value}; it must be at least {dims[detector]}, the dimensions of the features of detector "
                 f"{detector}, for a covariance of full rank"
             )
-    load_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)
+    try_detectors(config.score.detectors, config.detector_weights, config.dinov2_weights)

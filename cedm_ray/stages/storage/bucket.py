@@ -27,7 +27,7 @@ THREADS = 8
 """Requests at once."""
 
 
-def place(path: Path) -> str | None:
+def bucket_key(path: Path) -> str | None:
     """``bucket/prefix/...`` of a path in the copy of a bucket; None for any other path."""
     parts = path.parts
     return "/".join(parts[parts.index(BUCKET_PART) + 1 :]) if BUCKET_PART in parts else None
@@ -35,7 +35,7 @@ def place(path: Path) -> str | None:
 
 def address(path: Path) -> str:
     """Where Ray keeps what belongs to a path: in the bucket, or at the path itself."""
-    found = place(path)
+    found = bucket_key(path)
     return str(path) if found is None else f"s3://{found}"
 
 
@@ -54,7 +54,7 @@ def refuse_if_unwritable(root: Path) -> None:
     Raises:
         UserError: If one of that is not possible.
     """
-    if place(root) is None:
+    if bucket_key(root) is None:
         return
     knock(address(root), address(root))
     probe = root / f".writable-{uuid.uuid4().hex}"
@@ -70,7 +70,7 @@ def listed(folder: Path) -> dict[str, fs.FileInfo]:
     Raises:
         UserError: If the store does not answer.
     """
-    target = place(folder)
+    target = bucket_key(folder)
     if target is None:
         return {}
     with asking(folder, "read"):
@@ -81,7 +81,7 @@ def listed(folder: Path) -> dict[str, fs.FileInfo]:
 
 def exists(file: Path) -> bool:
     """Whether the bucket has this object."""
-    target = place(file)
+    target = bucket_key(file)
     if target is None:
         return False
     with asking(file, "read"):
@@ -94,7 +94,7 @@ def read_object(file: Path) -> bytes | None:
     Raises:
         UserError: If the store does not answer.
     """
-    target = place(file)
+    target = bucket_key(file)
     if target is None:
         return None
     with asking(file, "read"):
@@ -111,7 +111,7 @@ def write_object(file: Path, data: bytes) -> None:
     Raises:
         UserError: If the store does not answer, or refuses.
     """
-    target = place(file)
+    target = bucket_key(file)
     if target is not None:
         with asking(file, "written"), filesystem_of(target).open_output_stream(target) as remote:
             remote.write(data)
@@ -119,7 +119,7 @@ def write_object(file: Path, data: bytes) -> None:
 
 def remove_object(file: Path) -> None:
     """Remove an object, if it is there."""
-    target = place(file)
+    target = bucket_key(file)
     if target is not None:
         with asking(file, "written"), contextlib.suppress(FileNotFoundError):
             filesystem_of(target).delete_file(target)

@@ -16,10 +16,10 @@ from typing import Any
 from cedm_ray.stages.storage.bucket import (
     THREADS,
     asking,
+    bucket_key,
     download,
     drop,
     is_inside,
-    place,
     read_object,
     remove_object,
     upload,
@@ -37,7 +37,7 @@ def here(file: Path) -> Path:
     Raises:
         UserError: If the store does not answer.
     """
-    if place(file) is not None and not (file.parent / FACTS).is_file():
+    if bucket_key(file) is not None and not (file.parent / FACTS).is_file():
         fetch_entry(file.parent)
     return file
 
@@ -58,7 +58,7 @@ def keep_entry(folder: Path, made: Path | None = None) -> bool:
     Raises:
         UserError: If the store does not answer.
     """
-    target = place(folder)
+    target = bucket_key(folder)
     if target is None:
         return True
     if read_object(folder / MARK) is not None:
@@ -88,7 +88,7 @@ def fetch_entry(folder: Path) -> bool:
     Raises:
         UserError: If the store does not answer.
     """
-    if place(folder) is None:
+    if bucket_key(folder) is None:
         return False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
@@ -109,7 +109,7 @@ def fetch_entry(folder: Path) -> bool:
 def _fetch(folder: Path, mark: Mapping[str, Any]) -> bool:
     """Whether all files of an entry could be brought here as they were kept."""
     scratch, files = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}"), mark["files"]
-    source = f"{place(folder)}/{mark['part']}"
+    source = f"{bucket_key(folder)}/{mark['part']}"
     try:
         with asking(folder, "read"), ThreadPoolExecutor(THREADS) as pool:
             try:

@@ -12,10 +12,10 @@ from pathlib import Path
 from cedm_ray.stages.storage.bucket import (
     THREADS,
     asking,
+    bucket_key,
     download,
     drop,
     listed,
-    place,
     read_object,
     remove_object,
     upload,
@@ -25,7 +25,7 @@ from cedm_ray.weights.whole_file import whole_file
 
 def keep_file(file: Path) -> None:
     """Copy a file, which may change later, into the bucket."""
-    target = place(file)
+    target = bucket_key(file)
     if target is not None:
         with asking(file, "written"):
             upload(file, target)
@@ -33,7 +33,7 @@ def keep_file(file: Path) -> None:
 
 def keep_files(folder: Path, last: str | None = None) -> None:
     """Copy the files of a folder, which may change later, into the bucket; one by name after all others."""
-    if place(folder) is None:
+    if bucket_key(folder) is None:
         return
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -44,7 +44,7 @@ def keep_files(folder: Path, last: str | None = None) -> None:
 
 def forget_files(folder: Path) -> None:
     """Remove everything below a folder from the bucket, and nothing here."""
-    target = place(folder)
+    target = bucket_key(folder)
     if target is not None:
         drop(target)
 
@@ -55,7 +55,7 @@ def fetch_file(file: Path) -> None:
     Raises:
         UserError: If the bucket does not have it, or does not answer.
     """
-    source = place(file)
+    source = bucket_key(file)
     if source is None:
         return
     with asking(file, "read"), whole_file(file) as partial:
@@ -73,7 +73,7 @@ def fetch_files(folder: Path, names: Collection[str] | None = None, *, fresh: bo
     Raises:
         UserError: If the store does not answer.
     """
-    if place(folder) is None:
+    if bucket_key(folder) is None:
         return
     sizes = {folder / name: info.size for name, info in listed(folder).items() if names is None or name in names}
     missing = [file for file, size in sizes.items() if fresh or not file.is_file() or file.stat().st_size != size]
@@ -83,7 +83,7 @@ def fetch_files(folder: Path, names: Collection[str] | None = None, *, fresh: bo
 
 def look_for(file: Path) -> Path:
     """The same path, when a small file has been brought from the bucket, if it is there and not here."""
-    if place(file) is not None and not file.is_file():
+    if bucket_key(file) is not None and not file.is_file():
         data = read_object(file)
         if data is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def follow(folder: Path, mark: str) -> None:
         folder: The folder with these folders.
         mark: A file that each of them has here when it is whole; others are left alone.
     """
-    if place(folder) is None:
+    if bucket_key(folder) is None:
         return
     there = {name: info for name, info in listed(folder).items() if (folder / name.split("/")[0] / mark).is_file()}
     for file in sorted(folder.glob("*/*")):

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cedm_ray.diffusion.state_io import read_ema, read_nimg, save_ema
-from cedm_ray.stages.storage.bucket import place
+from cedm_ray.stages.storage.bucket import bucket_key
 from cedm_ray.stages.storage.bucket_files import fetch_files, keep_files
 from cedm_ray.stages.storage.store import read_json, write_json
 from cedm_ray.weights.listing import Listing, seal_fits, sealed
@@ -102,7 +102,7 @@ def keep_in_bucket(made: Path, training: Path) -> Path | None:
     Returns:
         Its folder; None where the training is not kept in a bucket: Ray Train copies the checkpoint then.
     """
-    if place(training) is None:
+    if bucket_key(training) is None:
         return None
     folder = training / f"checkpoint_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S.%f}"
     scratch = folder.with_name(f".{folder.name}")
@@ -138,7 +138,7 @@ def newest_whole(training: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     for unfinished in training.glob(".checkpoint_*"):  # by keep_in_bucket, in a process that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
-    said = _unreadable(training)
+    said = _set_unreadable_aside(training)
     for checkpoint in reversed(checkpoints(training)):
         if checkpoint.resumable:
             fault = checkpoint.fault()
@@ -148,7 +148,7 @@ def newest_whole(training: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, said
 
 
-def _unreadable(training: Path) -> list[str]:
+def _set_unreadable_aside(training: Path) -> list[str]:
     """Set aside what has a state and no manifest that can be read; what was cut off before that is nothing at all."""
     said = []
     for folder in sorted(training.glob("checkpoint_*/")):
@@ -172,7 +172,7 @@ def set_state_aside(folder: Path, fault: str) -> str:
     return line
 
 
-def whole(folder: Path, nimg: int) -> Path | None:
+def whole_checkpoint(folder: Path, nimg: int) -> Path | None:
     """A checkpoint whose weights and reports are whole, by their content; None where there is none.
 
     Args:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.errors import UserError
-from cedm_ray.stages.storage.bucket import address, copy_id, listed, place, read_object, remove_object, write_object
+from cedm_ray.stages.storage.bucket import (
+    address,
+    bucket_key,
+    copy_id,
+    listed,
+    read_object,
+    remove_object,
+    write_object,
+)
 from cedm_ray.stages.storage.lock import in_words, this_driver
 
 CLAIMS = "drivers"
@@ -47,7 +55,7 @@ def claimed(
     Raises:
         UserError: If another driver holds it, with its host and process id.
     """
-    if place(folder) is None:
+    if bucket_key(folder) is None:
         yield
         return
     claim = _Claim(folder, expire_s)

@@ -42,7 +42,7 @@ class Mirror:
 
     def __init__(self, run: Path) -> None:
         self.run, self.root = run, run.parent
-        self._kept = bucket.place(run) is not None
+        self._kept = bucket.bucket_key(run) is not None
         self._pushed: dict[Path, Stamp] = {}
         self._here, self._there = f"{self.root}/", f"{bucket.address(self.root)}/"
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cedm_ray.stages.storage.checkpoints import whole
+from cedm_ray.stages.storage.checkpoints import whole_checkpoint
 from cedm_ray.stages.storage.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def last_checkpoint(record: TrialRecord) -> Path | None:
     """The checkpoint of a trial's last report, if it is whole; None where the report names none."""
     last = record.rungs[-1]
     named = last.get("checkpoint_path")
-    return None if named is None else whole(Path(named), last["nimg"])
+    return None if named is None else whole_checkpoint(Path(named), last["nimg"])
 
 
 def new_record(job: TrialJob, params: Mapping[str, Any]) -> TrialRecord:

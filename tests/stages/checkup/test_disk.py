@@ -16,7 +16,7 @@ from cedm_ray.diffusion.train_state import new_state
 from cedm_ray.stages.checkup import disk as checkup_disk
 from cedm_ray.stages.checkup.disk import (
     AROUND,
-    Pile,
+    ImageSet,
     checkpoint_bytes,
     disk_finding,
     disk_needed,
@@ -27,8 +27,8 @@ from cedm_ray.stages.checkup.disk import (
 from cedm_ray.stages.checkup.quick import quick_findings
 from cedm_ray.stages.storage.storage_errors import bytes_in_words
 
-DIGITS = Pile(1797, 8, 1, True)
-CIFAR = Pile(50_000, 32, 3, True)
+DIGITS = ImageSet(1797, 8, 1, True)
+CIFAR = ImageSet(50_000, 32, 3, True)
 
 
 def test_a_checkpoint_has_the_size_that_is_reckoned_with(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_the_dimensions_of_embeddings_are_known_without_weights(backbone: str, d
 
 
 def test_what_is_known_of_the_images() -> None:
-    assert Pile.of(load([]), FirstImages(digits(), 300)) == Pile(300, 8, 1, True)
-    assert Pile.of(load(["--dataset", "cifar10"]), None) == CIFAR
-    assert Pile.of(load(["--dataset", "ffhq64", "--max-images", "1000"]), None) == Pile(1000, 64, 3, False)
-    assert Pile.of(load(["--dataset", "/no/where", "--resolution", "32"]), None) is None
+    assert ImageSet.of(load([]), FirstImages(digits(), 300)) == ImageSet(300, 8, 1, True)
+    assert ImageSet.of(load(["--dataset", "cifar10"]), None) == CIFAR
+    assert ImageSet.of(load(["--dataset", "ffhq64", "--max-images", "1000"]), None) == ImageSet(1000, 64, 3, False)
+    assert ImageSet.of(load(["--dataset", "/no/where", "--resolution", "32"]), None) is None
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -11,11 +11,11 @@ from PIL import Image
 from cedm_ray.config import load
 from cedm_ray.data.digits import digits
 from cedm_ray.stages.checkup import inputs as checkup_inputs
-from cedm_ray.stages.checkup.disk import Pile
+from cedm_ray.stages.checkup.disk import ImageSet
 from cedm_ray.stages.checkup.finding import Finding
-from cedm_ray.stages.checkup.inputs import open_images, settings_findings, weights_of
+from cedm_ray.stages.checkup.inputs import images_finding, settings_findings, weights_of
 
-DIGITS = Pile.of(load([]), digits())
+DIGITS = ImageSet.of(load([]), digits())
 NOWHERE = "http://127.0.0.1:9"  # the port on which nobody listens
 
 
@@ -37,36 +37,36 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_that_are_there_are_counted() -> None:
-    source, finding = open_images(load(["--max-images", "300"]))
+    source, finding = images_finding(load(["--max-images", "300"]))
     assert source is not None and len(source) == 300
     assert finding == Finding("data", "ok", f"{source.name}: 300 images of 8 x 8 pixels, in 10 classes")
 
 
 def test_a_folder_is_looked_through(tmp_path: Path) -> None:
     flags = ["--dataset", str(tmp_path), "--resolution", "8"]
-    source, finding = open_images(load(flags))
+    source, finding = images_finding(load(flags))
     assert source is None and finding.level == "fail" and finding.fix
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert open_images(load(flags))[1].text.endswith("1 images of 8 x 8 pixels, without labels")
+    assert images_finding(load(flags))[1].text.endswith("1 images of 8 x 8 pixels, without labels")
     (tmp_path / "b.png").write_bytes(b"no image")
-    assert "b.png" in open_images(load(flags))[1].text
+    assert "b.png" in images_finding(load(flags))[1].text
 
 
 def test_cifar_can_be_fetched_or_not(web: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(["--dataset", "cifar10", "--data-dir", str(tmp_path / "data")])
-    source, finding = open_images(config)
+    source, finding = images_finding(config)
     assert source is None and finding.level == "ok" and finding.text.endswith(f"{web.url}/cifar-10-binary.tar.gz")
     assert web.asked == ["HEAD /cifar-10-binary.tar.gz"] and not (tmp_path / "data").exists()
     monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{web.url}/missing/")
-    _, finding = open_images(config)
+    _, finding = images_finding(config)
     assert finding.level == "fail" and "answers with status 404" in finding.text and "--data-dir" in finding.fix
     monkeypatch.setattr(checkup_inputs, "CIFAR_URL", f"{NOWHERE}/")
-    assert "does not answer (" in open_images(config)[1].text
+    assert "does not answer (" in images_finding(config)[1].text
 
 
 def test_a_damaged_archive_is_not_fetched_again(web: Any, tmp_path: Path) -> None:
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"half of it")
-    _, finding = open_images(load(["--dataset", "cifar10", "--data-dir", str(tmp_path)]))
+    _, finding = images_finding(load(["--dataset", "cifar10", "--data-dir", str(tmp_path)]))
     assert finding.level == "fail" and "cifar-10-binary.tar.gz" in finding.text and web.asked == []
 
 
@@ -169,5 +169,5 @@ def test_settings_that_do_not_fit_are_failures(flags: list[str], text: str, fix:
 
 def test_the_budget_is_looked_at_before_the_images_are_there() -> None:
     config = load(["--dataset", "cifar10", "--budget.mimg", "1"])
-    (finding,) = settings_findings(config, None, Pile.of(config, None), loaded=False)
+    (finding,) = settings_findings(config, None, ImageSet.of(config, None), loaded=False)
     assert finding.level == "fail" and finding.text.startswith("budget.mimg is 1")

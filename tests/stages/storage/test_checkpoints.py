@@ -16,7 +16,7 @@ import torch
 from cedm_ray.diffusion.settings import NetSettings, build_net
 from cedm_ray.diffusion.state_io import load_state, read_ema, save_state
 from cedm_ray.diffusion.train_state import TrainState, new_state
-from cedm_ray.stages.checkup.disk import Pile, checkpoint_bytes, kept_bytes
+from cedm_ray.stages.checkup.disk import ImageSet, checkpoint_bytes, kept_bytes
 from cedm_ray.stages.storage import checkpoints
 from cedm_ray.stages.storage.checkpoints import (
     AVERAGED_FILE,
@@ -30,7 +30,7 @@ from cedm_ray.stages.storage.checkpoints import (
     newest_whole,
     prune,
     weights_file,
-    whole,
+    whole_checkpoint,
     write_manifest,
 )
 
@@ -153,7 +153,7 @@ def test_checkpoints_of_earlier_versions_are_gone_on_from_and_left_as_they_are(t
     old = training_of(tmp_path, (3.0, 2.0, 1.0, 0.5), manifest=False)
     prune(tmp_path)
     assert all((folder / STATE_FILE).is_file() for folder in old)
-    assert whole(old[3], 4000) == old[3] and weights_file(old[3]).name == STATE_FILE
+    assert whole_checkpoint(old[3], 4000) == old[3] and weights_file(old[3]).name == STATE_FILE
     tear(old[3] / STATE_FILE, "truncate", random.Random(0))
     chosen, said = newest_whole(tmp_path)
     assert chosen is not None and chosen.folder == old[2] and len(said) == 1
@@ -187,7 +187,7 @@ def test_the_newest_two_and_the_best_keep_their_states(tmp_path: Path, scores: l
         wanted = dict(state_at(1000 * n).ema.state_dict())
         assert nimg == 1000 * n and tensors.keys() == wanted.keys()
         assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-        assert whole(folder, nimg) == folder and intact(folder, SAMPLE_PIXELS_FILE)
+        assert whole_checkpoint(folder, nimg) == folder and intact(folder, SAMPLE_PIXELS_FILE)
     chosen, said = newest_whole(tmp_path)
     assert chosen is not None and chosen.folder == folders[-1] and not said
 
@@ -200,7 +200,7 @@ def test_what_is_kept_takes_as_much_as_is_reckoned_with(tmp_path: Path) -> None:
     taken = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     state = (tmp_path / "checkpoint_5" / STATE_FILE).stat().st_size
     assert taken == pytest.approx(kept_bytes(state, 5, 3), rel=0.02)
-    assert state == pytest.approx(checkpoint_bytes(NET, Pile(9, 8, 1, False)), rel=0.1)
+    assert state == pytest.approx(checkpoint_bytes(NET, ImageSet(9, 8, 1, False)), rel=0.1)
 
 
 class Killed(BaseException):
@@ -237,7 +237,7 @@ def test_a_process_that_is_killed_while_it_prunes_leaves_every_checkpoint_usable
             except Killed:
                 deaths += 1
         for n in range(1, 5):
-            assert whole(folder / f"checkpoint_{n}", 1000 * n) == folder / f"checkpoint_{n}"
+            assert whole_checkpoint(folder / f"checkpoint_{n}", 1000 * n) == folder / f"checkpoint_{n}"
             assert read_ema(weights_file(folder / f"checkpoint_{n}"))[1] == 1000 * n
         newest, said = newest_whole(folder)
         assert newest is not None and newest.nimg == 4000 and not said
@@ -254,19 +254,22 @@ def test_a_torn_state_is_not_thinned_into_averaged_weights_that_look_whole(three
     tear(folder / "checkpoint_1" / STATE_FILE, "flip", random.Random(1))
     prune(folder)
     assert held([folder / f"checkpoint_{n}" for n in range(1, 5)]) == "aaSS"
-    assert not (folder / "checkpoint_1" / AVERAGED_FILE).exists() and whole(folder / "checkpoint_1", 1000) is None
+    assert (
+        not (folder / "checkpoint_1" / AVERAGED_FILE).exists()
+        and whole_checkpoint(folder / "checkpoint_1", 1000) is None
+    )
 
 
 def test_what_a_record_names_is_replaced_by_another_of_the_same_images_only(three: Path, tmp_path: Path) -> None:
     folder = tmp_path / "train"
     shutil.copytree(three, folder)
     named = folder / "checkpoint_3"
-    assert whole(named, 3000) == named
+    assert whole_checkpoint(named, 3000) == named
     tear(named / STATE_FILE, "zero", random.Random(3))
-    assert whole(named, 3000) is None
+    assert whole_checkpoint(named, 3000) is None
     again = write(folder / "checkpoint_5", (3.0, 2.0, 1.0))  # the rung was trained again
-    assert whole(named, 3000) == again
-    assert whole(folder / "gone", 3000) == again and whole(folder / "gone", 4000) is None
+    assert whole_checkpoint(named, 3000) == again
+    assert whole_checkpoint(folder / "gone", 3000) == again and whole_checkpoint(folder / "gone", 4000) is None
 
 
 def test_ray_train_s_notes_are_forgotten(tmp_path: Path) -> None:
