@@ -75,6 +75,17 @@ def test_a_speed_gives_the_time(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_that_are_still_to_be_fetched_are_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dataset", "cifar10", "--data-dir", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("plan for cifar10, the images are not there yet (nothing is started)")
+    assert list(tmp_path.iterdir()) == []
+    assert main(["--dataset", str(tmp_path / "none"), "--resolution", "8", "--dry-run"]) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

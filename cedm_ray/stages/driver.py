@@ -118,9 +118,7 @@ class _Subject:
 
 
 def _still_needed(config: SearchConfig, source: ImageSource, storage: Path) -> Need:
-    images = ImageSet.of(config, source)
-    assert images is not None  # of images that are there it is known
-    return still_needed(config, images, storage)
+    return still_needed(config, ImageSet.of_source(source), storage)
 
 
 def _look(config: SearchConfig, source: ImageSource, terminal: Terminal) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cedm_ray.config import SearchConfig
-from cedm_ray.data.registry import KNOWN_DATASETS, TEST_SPLITS
 from cedm_ray.errors import UserError
 from cedm_ray.stages.budget.plan import plan_of
+from cedm_ray.stages.checkup.disk import ImageSet
 from cedm_ray.stages.inputs.images import open_images
 from cedm_ray.stages.results.printed import print_pairs
 from cedm_ray.stages.show.progress import PlanFacts
@@ -18,17 +18,17 @@ def dry_run(config: SearchConfig, terminal: Terminal) -> None:
     Raises:
         UserError: If the settings cannot work, or if the budget is too small for a single training.
     """
-    resolution, has_labels = KNOWN_DATASETS.get(config.dataset, 0), config.dataset in TEST_SPLITS
-    name, note = config.dataset, "the images are not there yet"
     try:
         source = open_images(config, download=False)
     except UserError:
-        if not resolution:
+        known = ImageSet.of(config, None)
+        if known is None:
             raise
+        images, name, note = known, config.dataset, "the images are not there yet"
     else:
-        resolution, has_labels = source.resolution, source.num_classes is not None
-        name, note = source.name, f"{len(source):,} images"
-    plan = plan_of(config, config.storage_path.expanduser().absolute(), resolution, has_labels=has_labels)
+        images, name, note = ImageSet.of_source(source), source.name, f"{len(source):,} images"
+    storage = config.storage_path.expanduser().absolute()
+    plan = plan_of(config, storage, images.resolution, has_labels=images.has_labels)
     plan.check()
     said = f"plan for {name}, {note} (nothing is started)"
     if terminal.mode == "json":

@@ -43,10 +43,15 @@ class ImageSet:
     has_labels: bool
 
     @classmethod
+    def of_source(cls, source: ImageSource) -> ImageSet:
+        """Images that are there."""
+        return cls(len(source), source.resolution, source.channels, source.num_classes is not None)
+
+    @classmethod
     def of(cls, config: SearchConfig, source: ImageSource | None) -> ImageSet | None:
         """The images of a search; of a named data set also where its files are not there, else None then."""
         if source is not None:
-            return cls(len(source), source.resolution, source.channels, source.num_classes is not None)
+            return cls.of_source(source)
         name = config.dataset
         if name not in NUM_IMAGES:
             return None

@@ -31,7 +31,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class FeatureParts:
-    """The features of one pile of packed images by one detector, in parts.
+    """The features of one set of packed images by one detector, in parts.
 
     Each part is an entry of the store with the features (and class scores) of a block of images; of more than
     100,000 images only float64 sums are kept, so that no data set fills the storage.
