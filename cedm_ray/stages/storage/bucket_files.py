@@ -82,12 +82,13 @@ def fetch_files(folder: Path, names: Collection[str] | None = None, *, fresh: bo
 
 
 def look_for(file: Path) -> Path:
-    """The same path, when a small file has been brought from the bucket, if it is there and not here."""
+    """Bring a small file from the bucket if only the bucket has it; returns the path, which may still not exist."""
     if bucket_key(file) is not None and not file.is_file():
         data = read_object(file)
         if data is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
+            with whole_file(file) as partial:  # processes of one node may look for it at once
+                partial.write_bytes(data)
     return file
 
 
