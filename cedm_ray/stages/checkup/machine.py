@@ -15,7 +15,7 @@ from cedm_ray.stages.storage.storage_errors import bytes_in_words
 OBJECT_STORE_SHARE = 0.3
 """Of a node's memory that Ray takes for its object store (``DEFAULT_OBJECT_STORE_MEMORY_PROPORTION``)."""
 OBJECT_STORE_CAPPED = 10e9
-"""Bytes of shared memory from which on Ray takes what there is instead of a folder on the disk, in bytes."""
+"""Shared memory, in bytes, above which Ray uses what there is instead of a folder on the disk."""
 FILES_ON_A_HEAD = 65_536
 """Open files that Ray's manual asks for on the head of a large cluster, and to which Ray raises the soft limit."""
 FILES_WANTED = 8_192

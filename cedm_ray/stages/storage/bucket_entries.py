@@ -32,7 +32,7 @@ FACTS = "facts.json"
 
 
 def here(file: Path) -> Path:
-    """The same path, when the entry that the file belongs to has been brought to this node.
+    """Bring the entry that a file belongs to onto this node, unless it is here; returns the same path.
 
     Raises:
         UserError: If the store does not answer.

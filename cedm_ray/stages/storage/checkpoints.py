@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _without_manifest(folder: Path) -> Checkpoint:
-    """A checkpoint of an earlier version, which safetensors' own look at its length has to do for."""
+    """A checkpoint from before there were manifests: safetensors' own check of the length alone says if it is whole."""
     if read_json(folder / RUNGS_FILE) is None:
         raise ValueError(f"{RUNGS_FILE} is missing or torn")
     try:
@@ -149,7 +149,7 @@ def newest_whole(training: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _set_unreadable_aside(training: Path) -> list[str]:
-    """Set aside what has a state and no manifest that can be read; what was cut off before that is nothing at all."""
+    """Set aside checkpoints that hold a state but no readable manifest; a folder without a state is ignored."""
     said = []
     for folder in sorted(training.glob("checkpoint_*/")):
         try:

@@ -43,8 +43,8 @@ def claimed(
     A driver writes its claim and then looks for others: of two that start at once at least one sees the other, and none
     of them goes on unless it sees nobody. How old a claim is says the store's clock alone. A driver that is killed
     leaves a claim that expires; one that was held up for longer than that, and finds another in its place, ends itself.
-    A claim from this very copy of the bucket counts for nothing: whoever made it no longer holds the copy's lock, which
-    this process has.
+    A claim from this very copy of the bucket counts for nothing: whoever made it no longer holds the copy's lock,
+    which this process has.
 
     Args:
         folder: The run folder, of which this process holds the lock in its copy.

@@ -69,7 +69,7 @@ def find_fault(error: BaseException) -> Fault | None:
 
 
 def fault_in_text(text: str) -> Fault | None:
-    """The same from a traceback."""
+    """The disk that a traceback's text tells of; None where it tells of none."""
     said = re.findall(rf"^.*\b{StorageError.__name__}\)?: (.+)$", text, re.MULTILINE)
     if said:
         return Fault("full", None, said[-1].strip())
