@@ -40,11 +40,11 @@ def refuse_failures(findings: Iterable[Finding]) -> None:
     """End with the first failure.
 
     Raises:
-        UserError: If there is one: its name, its text and the fix.
+        UserError: If there is one: its name, its text and the fix, where there is one.
     """
     for finding in findings:
         if finding.level == "fail":
-            raise UserError(f"{finding.name}: {finding.text}; {finding.fix}" if finding.fix else finding.text)
+            raise UserError(f"{finding.name}: {finding.text}" + (f"; {finding.fix}" if finding.fix else ""))
 
 
 def merged(by_node: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:

@@ -29,6 +29,8 @@ def test_the_first_failure_ends_the_search_in_one_line() -> None:
     with pytest.raises(UserError) as caught:
         refuse_failures([well, bad, Finding("tracking", "fail", "no", "yes")])
     assert str(caught.value) == "storage: /x cannot be written; give another"
+    with pytest.raises(UserError, match=r"^data: s3://bucket is empty$"):
+        refuse_failures([Finding("data", "fail", "s3://bucket is empty")])
 
 
 def test_one_node_is_not_named_and_of_several_those_that_differ_are() -> None:
