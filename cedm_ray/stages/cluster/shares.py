@@ -1,4 +1,4 @@
-"""What one training and one clustering take of a cluster, and how many of each it holds at once."""
+"""How a cluster is divided among trainings and clusterings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cedm_ray.settings import ResourceSettings
 
 @dataclass(frozen=True)
 class Shares:
-    """What one training and one clustering take of the cluster, and how many of each fit at once."""
+    """What one training and one clustering ask for, and how many of each fit."""
 
     num_workers: int
     cpus_per_worker: float
@@ -30,8 +30,31 @@ class Shares:
 
     def trials_on(self, nodes: Iterable[Mapping[str, Any]]) -> int:
         """How many trainings these nodes hold side by side."""
-        worker = _Room(self.cpus_per_worker, self.gpus_per_worker)
-        return sum(room.holds(worker) for room in _rooms(nodes)) // self.num_workers
+        return sum(times_held(self.worker, node["Resources"]) for node in nodes if node["Alive"]) // self.num_workers
+
+
+def times_held(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    """How often a node, were it idle, holds a bundle; 1 of a bundle that asks for nothing.
+
+    Args:
+        bundle: What is asked for, by Ray's names.
+        node: What the node has in all.
+    """
+    return min((_times(name, much, node.get(name, 0.0)) for name, much in bundle.items() if much), default=1)
+
+
+def _times(name: str, asked: float, there: float) -> int:
+    if name != "GPU":
+        return _units(there) // max(1, _units(asked))
+    if asked >= 1:
+        return int(there) // math.ceil(asked)
+    # A share is of one GPU: what is left over of two GPUs makes none together.
+    return int(there) * (_units(1) // max(1, _units(asked)))
+
+
+def _units(resource: float) -> int:
+    """In the units of 1/10000 in which Ray counts, so that three tenths hold one tenth three times."""
+    return round(resource * 10_000)
 
 
 def shares(settings: ResourceSettings, nodes: Iterable[Mapping[str, Any]]) -> Shares:
@@ -81,15 +104,14 @@ class _Room:
     def __str__(self) -> str:
         return f"{self.cpus:g} CPU and {self.gpus:g} GPU"
 
-    def holds(self, asked: _Room) -> int:
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The same in Ray's names."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+    def times_held(self, asked: _Room) -> int:
         """How many of these fit in here at once."""
-        found = _units(self.cpus) // max(1, _units(asked.cpus))
-        if asked.gpus == 0:
-            return found
-        if asked.gpus >= 1:
-            return min(found, int(self.gpus) // math.ceil(asked.gpus))
-        # A share is of one GPU: what is left over of two GPUs makes none together.
-        return min(found, int(self.gpus) * (_units(1) // max(1, _units(asked.gpus))))
+        return times_held(asked.bundle, self.bundle)
 
 
 def _rooms(nodes: Iterable[Mapping[str, Any]]) -> list[_Room]:
@@ -98,18 +120,13 @@ def _rooms(nodes: Iterable[Mapping[str, Any]]) -> list[_Room]:
     return [_Room(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
 
 
-def _units(resource: float) -> int:
-    """In the units of 1/10000 in which Ray counts, so that three tenths hold one tenth three times."""
-    return round(resource * 10_000)
-
-
 def _fitting(asked: _Room, nodes: Sequence[_Room], what: str, flags: str) -> int:
     """How many of something fit on all nodes at once.
 
     Raises:
         UserError: If it fits on none.
     """
-    found = sum(node.holds(asked) for node in nodes)
+    found = sum(node.times_held(asked) for node in nodes)
     if not found:
         largest = max(nodes, key=lambda node: (node.gpus if asked.gpus else 0, node.cpus), default=_Room(0, 0))
         raise UserError(f"{what} asks for {asked} of one node, but the largest has {largest}; lower {flags}")

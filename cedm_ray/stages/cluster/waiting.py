@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from cedm_ray.stages.cluster.board import Board
 from cedm_ray.stages.cluster.connection import usable_nodes
 from cedm_ray.stages.cluster.orphans import Orphans
-from cedm_ray.stages.cluster.shares import Shares
+from cedm_ray.stages.cluster.shares import Shares, times_held
 from cedm_ray.stages.show.progress import duration
 
 LOOK_EVERY_S = 5.0
@@ -150,18 +150,12 @@ def unheld(groups: Iterable[Sequence[Bundle]], nodes: Iterable[Node]) -> str:
     for group in groups:
         for names, count in Counter(tuple(sorted(bundle.items())) for bundle in group).items():
             bundle = dict(names)
-            found = sum(_times(bundle, node) for node in there)
+            found = sum(times_held(bundle, node) for node in there)
             if not found:
                 return f"no node of the cluster holds {_text(bundle)}"
             if found < count:
                 return f"the cluster holds {found} of {count} times {_text(bundle)}"
     return ""
-
-
-def _times(bundle: Bundle, node: Mapping[str, float]) -> int:
-    """How often a node, were it idle, holds something; Ray counts in units of 1/10000."""
-    return min((int(node.get(name, 0.0) * 10_000 // round(much * 10_000)) for name, much in bundle.items() if much),
-               default=1)  # fmt: skip
 
 
 def _text(bundle: Bundle) -> str:

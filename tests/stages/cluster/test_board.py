@@ -28,3 +28,10 @@ def test_several_processes_add_up() -> None:
     for _ in range(3):
         works.add("embed", "embeddings", 128, 1000, "images")
     assert works.works()[0].done == 384
+
+
+def test_lines_on_the_board_are_passed_on_once() -> None:
+    works = _Works()
+    works.say("C=7: a node was lost")
+    works.say("C=9: a node was lost")
+    assert works.said() == ["C=7: a node was lost", "C=9: a node was lost"] and works.said() == []

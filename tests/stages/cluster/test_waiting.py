@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 
-from cedm_ray.stages.cluster.board import _Works
 from cedm_ray.stages.cluster.shares import Shares
 from cedm_ray.stages.cluster.waiting import LOOK_EVERY_S, SAY_EVERY_S, Places, Wait, unheld
 
@@ -76,6 +75,9 @@ GPU = {"CPU": 1.0, "GPU": 1.0}
         ([[GPU] * 3], [node(1, 2), node(4, 1)], "the cluster holds 2 of 3 times 1 CPU and 1 GPU"),
         ([[{"CPU": 0.1}] * 3], [node(0.3)], ""),
         ([[{"GPU": 0.5}] * 3], [node(1, 1)], "the cluster holds 2 of 3 times 0.5 GPU"),
+        ([[{"GPU": 0.4}] * 5], [node(1, 2)], "the cluster holds 4 of 5 times 0.4 GPU"),
+        ([[{"CPU": 0.57}]], [node(0.57)], ""),  # 0.57 * 10,000 < 5,700
+        ([[{"memory": 6e8}] * 2], [node(1)], "the cluster holds 1 of 2 times 6e+08 memory"),
         ([[{"CPU": 1.0}], [{"CPU": 4.0}]], [node(2), node(2)], "no node of the cluster holds 4 CPU"),
         ([[{}], [{"GPU": 0.0}]], [node(0)], ""),
         ([[{"CPU": 1.0}]], [], "no node of the cluster holds 1 CPU"),
@@ -102,10 +104,3 @@ def test_waiting_is_said_once_a_minute_and_its_end_once() -> None:
 def test_a_short_want_is_not_told() -> None:
     wait = Wait()
     assert not any(wait.said("no node" if now_s % 50 < 45 else "", now_s) for now_s in range(0, 3600, 5))
-
-
-def test_lines_on_the_board_are_passed_on_once() -> None:
-    works = _Works()
-    works.say("C=7: a node was lost")
-    works.say("C=9: a node was lost")
-    assert works.said() == ["C=7: a node was lost", "C=9: a node was lost"] and works.said() == []
