@@ -37,7 +37,7 @@ FLAGS = [
     "--score.num-images=200", "--score.num-steps=4", "--score.num-sets=1", "--resources.num-workers=1",
     "--resources.cpus-per-probe=1", "--final.total-kimg=61", "--final.num-images=150", "--final.num-sets=1",
 ]  # fmt: skip
-WAITS = re.compile(r"no node of the cluster holds .*: waiting since ")
+WAITS = re.compile(r"no node of the cluster holds .*: waiting for ")
 WAIT_S = 400
 
 
@@ -153,7 +153,7 @@ class Story:
             assert time.monotonic() - self.started_s < 3000, self.log.read_text()[-3000:]
             time.sleep(1)
         self.say("ended")
-        return {**self.found, "status": self.search.returncode, "lines": self.said("lost|waiting since|holds again")}
+        return {**self.found, "status": self.search.returncode, "lines": self.said("lost|waiting for|holds again")}
 
     def last(self) -> bool:
         """Whether fewer than two trainings are left."""

@@ -41,7 +41,7 @@ def test_the_search_ends_with_every_training_whole(story: dict[str, Any]) -> Non
 @pytest.mark.parametrize("stage", ["embedding", "bound", "trials"])
 def test_while_no_worker_is_there_the_search_waits_and_says_so(story: dict[str, Any], stage: str) -> None:
     line = story[f"{stage}_line"]
-    said = r"no node of the cluster holds .*\b(0\.5|1) CPU: waiting since \d+ s; ray status shows what is asked for"
+    said = r"no node of the cluster holds .*\b(0\.5|1) CPU: waiting for \d+ s; ray status shows what is asked for"
     assert re.search(said, line), line
     assert story[f"{stage}_told_s"] < 120
 

@@ -54,11 +54,16 @@ class Orphans:
         except Exception:  # of several kinds, by what is in the way; an answer that does not come says nothing
             self._suspects = frozenset()
             return 0
-        orphans = empty & self._suspects
-        for group in orphans:
+        freed = [group for group in empty & self._suspects if self._given_back(group)]
+        self._suspects = empty.difference(freed)
+        return len(freed)
+
+    def _given_back(self, group: str) -> bool:
+        try:
             self._remove(group)
-        self._suspects = empty - orphans
-        return len(orphans)
+        except Exception:  # as above; the next look comes upon it again
+            return False
+        return True
 
     def _is_training(self, group: Group) -> bool:
         bundles = [{name: much for name, much in each.items() if much} for each in group["bundles"].values()]

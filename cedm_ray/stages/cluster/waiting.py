@@ -79,7 +79,8 @@ def watched(terminal: Says, board: Board, shares: Shares) -> Iterator[None]:
         while not done.wait(LOOK_EVERY_S):
             for line in board.said():
                 terminal.line(f"  {line}")
-            said = wait.said(unheld(pending(), ray.nodes()), time.monotonic())
+            what = waited_for()
+            said = "" if what is None else wait.said(what, time.monotonic())
             if said:
                 terminal.line(f"  {said}", "yellow")
             if orphans.freed(time.monotonic()):
@@ -117,21 +118,27 @@ class Wait:
         if now_s - self._said_s < SAY_EVERY_S:
             return ""
         self._said_s = now_s
-        return f"{what}: waiting since {duration(now_s - self._since_s)}; ray status shows what is asked for"
+        return f"{what}: waiting for {duration(now_s - self._since_s)}; ray status shows what is asked for"
+
+
+def waited_for() -> str | None:
+    """What is waited for that no node holds, as :func:`unheld` says it; None where the cluster does not answer."""
+    try:
+        return unheld(pending(), ray.nodes())
+    except Exception:  # of several kinds, by what is in its way
+        return None
 
 
 def pending() -> list[list[Bundle]]:
     """What the cluster is asked for and has not given: groups of bundles that are wanted at once.
 
-    Empty where the cluster does not answer.
+    Raises:
+        Exception: Of several kinds, where the cluster does not answer.
     """
     # Only the driver asks, and the module takes a while to import.
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    try:
-        asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
-    except Exception:  # of several kinds, by what is in its way
-        return []
+    asked = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
     groups = [
         [each.bundle for each in demand.bundles_by_count for _ in range(each.count)]
         for demand in asked.placement_group_demand

@@ -77,6 +77,21 @@ def test_what_is_asked_for_in_an_amount_of_zero_counts_for_nothing() -> None:
     assert [orphans.freed(LOOK_EVERY_S * look) for look in range(2)] == [0, 1]
 
 
+def test_a_group_that_cannot_be_given_back_is_tried_again_and_keeps_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, tried = Job(stuck=group(), dead=group()), list[str]()
+
+    def remove(name: str) -> None:
+        tried.append(name)
+        if name == "stuck" and tried.count(name) == 1:
+            raise ConnectionError("away")
+        Job.remove(job, name)
+
+    monkeypatch.setattr(job, "remove", remove)
+    orphans = job.orphans()
+    assert [orphans.freed(LOOK_EVERY_S * look) for look in range(4)] == [0, 1, 1, 0]
+    assert sorted(job.removed) == ["dead", "stuck"]
+
+
 @pytest.mark.parametrize("error", [RayStateApiException("no answer"), ConnectionError("away"), OSError("requests")])
 def test_a_cluster_that_does_not_answer_between_two_looks_makes_the_first_one_void(error: Exception) -> None:
     job = Job(dead=group())

@@ -1,9 +1,13 @@
+import threading
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import ray
 
+from cedm_ray.stages.cluster import waiting
 from cedm_ray.stages.cluster.shares import Shares
-from cedm_ray.stages.cluster.waiting import LOOK_EVERY_S, SAY_EVERY_S, Places, Wait, unheld
+from cedm_ray.stages.cluster.waiting import LOOK_EVERY_S, SAY_EVERY_S, Places, Wait, unheld, watched
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
@@ -93,12 +97,38 @@ def test_waiting_is_said_once_a_minute_and_its_end_once() -> None:
     wait, what = Wait(), "no node of the cluster holds 1 CPU"
     said = {now_s: line for now_s in range(0, 400, 5) if (line := wait.said(what if 40 <= now_s < 245 else "", now_s))}
     assert said == {
-        100: f"{what}: waiting since 1 min 00 s; ray status shows what is asked for",
-        160: f"{what}: waiting since 2 min 00 s; ray status shows what is asked for",
-        220: f"{what}: waiting since 3 min 00 s; ray status shows what is asked for",
+        100: f"{what}: waiting for 1 min 00 s; ray status shows what is asked for",
+        160: f"{what}: waiting for 2 min 00 s; ray status shows what is asked for",
+        220: f"{what}: waiting for 3 min 00 s; ray status shows what is asked for",
         245: "the cluster holds again what is asked for, after 3 min 25 s",
     }
     assert SAY_EVERY_S == 60
+
+
+def test_no_answer_of_the_cluster_says_neither_that_there_is_room_nor_ends_the_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers, done, lines = iter([GPU, None, GPU, GPU, None]), threading.Event(), list[str]()
+
+    def pending() -> list[Any]:
+        bundle = next(answers, done)
+        if bundle is done:
+            done.set()
+        if not isinstance(bundle, dict):
+            raise ConnectionError("the cluster does not answer")
+        return [[bundle]]
+
+    monkeypatch.setattr(waiting, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(waiting, "SAY_EVERY_S", 0.001)
+    monkeypatch.setattr(waiting, "pending", pending)
+    monkeypatch.setattr(ray, "nodes", lambda: [node(4)])
+    monkeypatch.setattr(waiting, "Orphans", lambda bundle: Mock(freed=lambda now_s: 0))
+    board = Mock(said=Mock(side_effect=lambda: ["a node was lost"]))
+    with watched(Mock(line=lambda text, style="": lines.append(text.strip())), board, shares()):
+        assert done.wait(10)
+    told = [line for line in lines if line != "a node was lost"]
+    assert len(told) == 2 and all("no node of the cluster holds 1 CPU and 1 GPU: waiting for" in line for line in told)
+    assert lines.count("a node was lost") >= 6
 
 
 def test_a_short_want_is_not_told() -> None:
