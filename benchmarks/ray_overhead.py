@@ -53,8 +53,9 @@ from cedm_ray.stages.inputs.images import pack_images
 from cedm_ray.stages.inputs.scoring import prepare_scoring
 from cedm_ray.stages.show.library_output import output_to
 from cedm_ray.stages.show.terminal import Terminal
+from cedm_ray.stages.storage.paths import ARTIFACTS_FOLDER, database_uri
 from cedm_ray.stages.storage.store import Store
-from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from cedm_ray.stages.tracking.tracker import Tracker
 from cedm_ray.stages.training.ledger import Ledger
 from cedm_ray.stages.training.records import read_record
 from cedm_ray.stages.training.trial_job import Planner, TrialJob
@@ -244,7 +245,7 @@ def measure(args: argparse.Namespace, storage: Path, terminal: Terminal) -> dict
     store = Store(storage / "store")
     images = pack_images(digits(), store, terminal)
     started_s = time.monotonic()
-    tracker = Tracker(database_uri(storage), "cedm_ray/overhead", storage / "mlflow-artifacts")
+    tracker = Tracker(database_uri(storage), "cedm_ray/overhead", storage / ARTIFACTS_FOLDER)
     run = tracker.start("overhead", "overhead", {}, {})
     mlflow_s, started_s = time.monotonic() - started_s, time.monotonic()
     rounds: list[dict[str, Course]] = []

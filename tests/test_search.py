@@ -19,7 +19,7 @@ from cedm_ray.report.__main__ import main as report
 from cedm_ray.report.read_run import read_run
 from cedm_ray.sample import main as sample
 from cedm_ray.search import main
-from cedm_ray.stages.tracking.tracker import database_uri
+from cedm_ray.stages.storage.paths import database_uri
 from helpers.results import result_of
 
 pytestmark = pytest.mark.ray

@@ -22,7 +22,6 @@ from cedm_ray.search import main
 from cedm_ray.stages.driver import settings_of
 from cedm_ray.stages.show import run_list
 from cedm_ray.stages.show.run_list import list_runs, runs_table
-from cedm_ray.stages.storage import lock
 from cedm_ray.usage import EXAMPLES, GROUPS, Flag, short_help
 
 ROOT = Path(__file__).parent.parent
@@ -211,4 +210,3 @@ def test_what_is_wrong_with_a_list_of_runs_is_an_object_for_programs(capfd: pyte
 def test_files_are_called_as_their_owners_call_them() -> None:
     assert (run_list.RESULT_FILE, run_list.SO_FAR_FILE) == (read_run.RESULT_FILE, read_run.SO_FAR_FILE)
     assert run_list.CONFIG_FILE == read_run.CONFIG_FILE
-    assert run_list.LOCK_FILE == lock.LOCK_FILE

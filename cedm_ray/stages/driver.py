@@ -32,7 +32,7 @@ from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.storage.leftovers import remove_leftovers
 from cedm_ray.stages.storage.lock import owned
 from cedm_ray.stages.storage.mirror import Mirror
-from cedm_ray.stages.storage.paths import absolute
+from cedm_ray.stages.storage.paths import ARTIFACTS_FOLDER, absolute, database_uri
 from cedm_ray.stages.storage.storage_errors import Need, bytes_in_words, told_clearly
 from cedm_ray.stages.storage.store import Store, for_this_user, key_of, prepare_storage, write_json
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
@@ -232,8 +232,8 @@ def _tracked(
 
 def _tracker(config: SearchConfig, name: str, folder: Path, terminal: Terminal) -> Tracker:
     """MLflow, whose journal lies in the run folder."""
-    from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+    from cedm_ray.stages.tracking.tracker import Tracker
 
     uri = config.tracking_uri or database_uri(folder.parent)
-    artifacts = None if config.tracking_uri else folder.parent / "mlflow-artifacts"
+    artifacts = None if config.tracking_uri else folder.parent / ARTIFACTS_FOLDER
     return Tracker(uri, f"cedm_ray/{name}", artifacts, folder, terminal.line)

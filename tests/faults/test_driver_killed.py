@@ -25,8 +25,8 @@ import pytest
 import ray
 
 from cedm_ray.stages import RAY_ENVIRONMENT
+from cedm_ray.stages.storage.paths import database_uri
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
-from cedm_ray.stages.tracking.tracker import database_uri
 from helpers.ports import free_ports
 from helpers.results import MEASURED, assert_same_tensors, plain, result_of
 

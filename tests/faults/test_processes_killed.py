@@ -14,7 +14,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors import safe_open
 
-from cedm_ray.stages.tracking.tracker import database_uri
+from cedm_ray.stages.storage.paths import database_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 SEEDS = range(int(os.environ.get("CEDM_RAY_FAULT_SEEDS", "1")))

@@ -20,8 +20,8 @@ from urllib.request import urlopen
 import pytest
 from mlflow.tracking import MlflowClient
 
+from cedm_ray.stages.storage.paths import database_uri
 from cedm_ray.stages.tracking import links
-from cedm_ray.stages.tracking.tracker import database_uri
 from helpers.ports import free_port
 
 selenium = pytest.importorskip("selenium", reason="selenium drives the browser; pip install selenium")

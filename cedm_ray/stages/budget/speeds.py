@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cedm_ray.config import SearchConfig
+from cedm_ray.stages.storage.paths import SPEEDS_FOLDER
 from cedm_ray.stages.storage.store import key_of, read_json, write_json
 
 PUBLISHED = {32: 200e6 / 86_400 / 4, 64: 200e6 / (2 * 86_400) / 4}
@@ -34,7 +35,7 @@ class Speeds:
         tree = config.model_dump(mode="json")
         sections = ("diffusion", "compute", "score", "resources")
         inputs = {name: tree[name] for name in sections} | {"resolution": resolution}
-        self._file = storage / "speeds" / f"{key_of(inputs)}.json"
+        self._file = storage / SPEEDS_FOLDER / f"{key_of(inputs)}.json"
         self._config, self._resolution = config, resolution
 
     def known(self, *, gpus: bool) -> KnownSpeed | None:

@@ -14,6 +14,7 @@ from cedm_ray.stages.checkup.machine import machine_findings
 from cedm_ray.stages.checkup.ports import token_finding
 from cedm_ray.stages.checkup.storage import is_server, storage_finding, store_finding
 from cedm_ray.stages.checkup.versions import asked, version_findings
+from cedm_ray.stages.storage.paths import database_uri
 
 __all__ = ["Finding", "quick_findings", "refuse_failures"]
 
@@ -39,7 +40,7 @@ def quick_findings(config: SearchConfig, source: ImageSource | None = None) -> l
     else:
         need = partial(still_needed, config, images, storage)
         found += [storage_finding(storage, need), disk_finding(config, images, storage)]
-    uri = config.tracking_uri or f"sqlite:///{storage / 'mlflow.db'}"
+    uri = config.tracking_uri or database_uri(storage)
     if not is_server(uri):
         found.append(store_finding(uri))
     return found

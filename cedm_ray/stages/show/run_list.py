@@ -15,8 +15,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cedm_ray.stages.storage.paths import LOCK_FILE
+
 # Named here again: the modules that own them take seconds to import. A test compares them.
-RESULT_FILE, SO_FAR_FILE, LOCK_FILE, CONFIG_FILE = "result.json", "so_far.json", "driver.lock", "config.json"
+RESULT_FILE, SO_FAR_FILE, CONFIG_FILE = "result.json", "so_far.json", "config.json"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cedm_ray.errors import UserError
+from cedm_ray.stages.storage.paths import LOCK_FILE
 from cedm_ray.stages.storage.store import read_json
-
-LOCK_FILE = "driver.lock"
 
 
 @contextmanager

@@ -28,11 +28,6 @@ CLOSE_WAIT_S = 60.0
 _LOG = logging.getLogger(__name__)
 
 
-def database_uri(storage: Path) -> str:
-    """The tracking database in a storage folder."""
-    return f"sqlite:///{storage / 'mlflow.db'}"
-
-
 def ui_command(uri: str) -> str:
     """What opens the MLflow UI on this tracking store: a server's address, or the command that starts one.
 

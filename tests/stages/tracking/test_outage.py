@@ -14,8 +14,9 @@ from urllib.request import urlopen
 
 import pytest
 
+from cedm_ray.stages.storage.paths import database_uri
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE, read_journal
-from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from cedm_ray.stages.tracking.tracker import Tracker
 from helpers.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -150,7 +151,8 @@ def test_a_locked_database_delays_the_points_and_nothing_else(tmp_path: Path) ->
 DRIVER = """
 import sys
 from pathlib import Path
-from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from cedm_ray.stages.storage.paths import database_uri
+from cedm_ray.stages.tracking.tracker import Tracker
 
 folder, seed, base = Path(sys.argv[1]), sys.argv[2], int(sys.argv[2]) * 100
 track = Tracker(database_uri(folder.parent), "cedm_ray/test", folder.parent / "artifacts", folder)

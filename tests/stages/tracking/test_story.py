@@ -11,11 +11,12 @@ from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
 from cedm_ray.report.run import Run
+from cedm_ray.stages.storage.paths import database_uri
 from cedm_ray.stages.tracking import links, story
 from cedm_ray.stages.tracking.delivery import NOTE_TAG, VIEW_TAG
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE
 from cedm_ray.stages.tracking.runs_view import compared_name
-from cedm_ray.stages.tracking.tracker import Tracker, database_uri
+from cedm_ray.stages.tracking.tracker import Tracker
 
 MAX_NOTE = 8000  # MLflow's limit for the value of a tag, behind which it cuts
 

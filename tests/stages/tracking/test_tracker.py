@@ -11,10 +11,11 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from cedm_ray.errors import UserError
+from cedm_ray.stages.storage.paths import database_uri
 from cedm_ray.stages.tracking import delivery, outbox
 from cedm_ray.stages.tracking import tracker as tracking
 from cedm_ray.stages.tracking.outbox import OUTBOX_FILE
-from cedm_ray.stages.tracking.tracker import Tracker, database_uri, flat, ui_command
+from cedm_ray.stages.tracking.tracker import Tracker, flat, ui_command
 from helpers.ports import free_port
 
 
