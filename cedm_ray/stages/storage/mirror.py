@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cedm_ray.errors import first_line
+from cedm_ray.report.read_run import RESULT_FILE
 from cedm_ray.stages.storage import bucket
 from cedm_ray.stages.storage.bucket_files import fetch_file, keep_file
 from cedm_ray.stages.storage.claim import CLAIMS, claimed
+from cedm_ray.stages.storage.paths import ARTIFACTS_FOLDER, DATABASE_FILE, LOCK_FILE, SPEEDS_FOLDER
 
 PUSH_S = 5.0
-CACHE_FILE = "copy.json"
+COPY_FILE = "copy.json"
 """In a run's folder: which copy of the bucket its last driver had."""
-DATABASE, SHARED = "mlflow.db", ("mlflow-artifacts", "speeds")
-"""MLflow's database, and folders beside the runs that the driver writes."""
-LAST = ("result.json",)
-"""Files that say that others are whole."""
-LOCAL = ("ray", CLAIMS, "driver.lock", CACHE_FILE)
+SHARED = (ARTIFACTS_FOLDER, SPEEDS_FOLDER)
+"""Folders beside the runs that the driver writes."""
+LOCAL = ("ray", CLAIMS, LOCK_FILE, COPY_FILE)
 """What of a run's folder is of no use elsewhere: Tune's own records, and what says who runs."""
 _PATHS_INSIDE = (".json", ".jsonl")
 
@@ -42,7 +43,7 @@ class Mirror:
 
     def __init__(self, run: Path) -> None:
         self.run, self.root = run, run.parent
-        self._kept = bucket.bucket_key(run) is not None
+        self._in_bucket = bucket.bucket_key(run) is not None
         self._pushed: dict[Path, Stamp] = {}
         self._here, self._there = f"{self.root}/", f"{bucket.address(self.root)}/"
 
@@ -52,47 +53,50 @@ class Mirror:
         Raises:
             UserError: If the store does not answer.
         """
-        if not self._kept:
+        if not self._in_bucket:
             return
-        last = bucket.read_object(self.run / CACHE_FILE)
-        if last is None or last == self._copy():
+        newest = bucket.read_object(self.run / COPY_FILE)
+        if newest is None or newest == self._copy():
             return
         found = {self.run / name for name in bucket.listed(self.run) if not _is_local(name)}
         trials = self.root / "store" / "trials"
         found |= {trials / name for name in bucket.listed(trials) if name.count("/") == 1 and name.endswith(".json")}
         for folder in (self.root / name for name in SHARED):
             found |= {folder / name for name in bucket.listed(folder)}
-        if bucket.exists(self.root / DATABASE):
-            found.add(self.root / DATABASE)
+        if bucket.exists(self.root / DATABASE_FILE):
+            found.add(self.root / DATABASE_FILE)
         with ThreadPoolExecutor(bucket.THREADS) as pool:
             list(pool.map(self._bring, sorted(found)))
 
     def own(self) -> None:
         """Note in the bucket that this copy is the newest from now on."""
-        if self._kept:
-            bucket.write_object(self.run / CACHE_FILE, self._copy())
+        if self._in_bucket:
+            bucket.write_object(self.run / COPY_FILE, self._copy())
 
     def push(self) -> int:
         """Write to the bucket what has changed here since the last time; returns the number of files.
 
+        The result goes last: it says that everything else is whole.
+
         Raises:
             UserError: If the store does not answer, or refuses.
         """
-        if not self._kept:
+        if not self._in_bucket:
             return 0
-        last = [self.run / name for name in LAST if (self.run / name).is_file()]  # before the others are looked for
+        result = self.run / RESULT_FILE
+        is_done = result.is_file()  # asked before the others are listed: what it speaks of is among them then
         changed = {file: stamp for file in self._files() if (stamp := _stamp(file)) != self._pushed.get(file) and stamp}
+        result_stamp = changed.pop(result, None)
         with ThreadPoolExecutor(bucket.THREADS) as pool:
-            list(pool.map(self._send, (file for file in changed if file.name not in LAST)))
-        for file in last:
-            if file in changed:
-                self._send(file)
-        sent = {file: stamp for file, stamp in changed.items() if file.name not in LAST or file in last}
-        self._pushed |= sent
+            list(pool.map(self._send, changed))
+        if is_done and result_stamp is not None:
+            self._send(result)
+            changed[result] = result_stamp
+        self._pushed |= changed
         for file in [file for file in self._pushed if not file.is_file()]:
             bucket.remove_object(file)
             del self._pushed[file]
-        return len(sent)
+        return len(changed)
 
     @contextlib.contextmanager
     def driving(self, tell: Callable[[str], None]) -> Iterator[None]:
@@ -123,10 +127,10 @@ class Mirror:
                     told = False
                 except Exception as error:  # whatever the store or its client says: it is tried again
                     if not told:
-                        tell(f"{error}; it is tried again")
+                        tell(f"{first_line(error, None)}; it is tried again")
                     told = True
 
-        if not self._kept:
+        if not self._in_bucket:
             yield
             return
         thread = threading.Thread(target=work, name="mirror", daemon=True)
@@ -148,14 +152,14 @@ class Mirror:
         for name in SHARED:
             yield from _below(self.root / name)
         yield from (self.root / "store" / "trials").glob("*/*.json")
-        if (self.root / DATABASE).is_file():
-            yield self.root / DATABASE
+        if (self.root / DATABASE_FILE).is_file():
+            yield self.root / DATABASE_FILE
 
     def _send(self, file: Path) -> None:
-        if file.name == DATABASE:
+        if file.name == DATABASE_FILE:
             with tempfile.TemporaryDirectory() as folder:
-                _back_up(file, Path(folder) / DATABASE)
-                bucket.write_object(file, (Path(folder) / DATABASE).read_bytes())
+                _back_up(file, Path(folder) / DATABASE_FILE)
+                bucket.write_object(file, (Path(folder) / DATABASE_FILE).read_bytes())
         elif file.suffix in _PATHS_INSIDE:  # paths are the bucket's there, for whoever reads them
             bucket.write_object(file, file.read_text(encoding="utf-8").replace(self._here, self._there).encode())
         else:
