@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from cedm_ray.errors import UserError
+from cedm_ray.errors import UserError, one_line
 
 ALL_FLAGS = "--help lists every flag"
 Settings = TypeVar("Settings")
@@ -62,5 +63,8 @@ def _unboxed(text: str, more: str) -> str:
         if number and not line:  # the rule under the message; what follows repeats the help text
             break
         said.append(line)
-    message = " ".join(" ".join(said[1:] or said).split())
-    return f"{message.removeprefix('Error parsing ')} ({more})"
+    message = one_line(" ".join(said[1:] or said)).removeprefix("Error parsing ")
+    if message.startswith("Unrecognized options"):
+        similar = re.findall(r"^│ {5}(--\S+)", text, flags=re.MULTILINE)  # its help stands further to the right
+        message += f"; did you mean {' or '.join(similar)}?" if similar else ""
+    return f"{message} ({more})"

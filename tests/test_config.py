@@ -77,7 +77,9 @@ def test_a_folder_starts_from_the_folder_s_file() -> None:
         (["--bound.c-start", "1"], "c_start is 1; it must be at least 2"),
         (["--bound.cutoff", "1.2"], "cutoff is 1.2; it must lie in (0, 1]"),
         (["--temi.gamma", "x"], "could not convert string to float: 'x'"),
-        (["--temi.gama", "1"], "--temi.gama, 1 (python -m cedm_ray.search --help-all lists every flag)"),
+        (["--zzz", "1"], "--zzz, 1 (python -m cedm_ray.search --help-all lists every flag)"),
+        (["--temi.gama", "1"], "--temi.gama, 1; did you mean --temi.gamma? (python -m cedm_ray.search --help-all"),
+        (["--seeed", "1", "--datase", "x"], "--seeed, 1, --datase, x; did you mean --dataset or --seed? ("),
         (["--resolution", "0"], "resolution is 0; it must be at least 1"),
         (
             ["--resources.num-workers", "3"],

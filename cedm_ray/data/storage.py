@@ -30,7 +30,9 @@ def storage_folder(path: Path, copies: Path) -> Path:
     if scheme == "file":
         return Path("/") / rest
     if scheme != "s3":
-        raise UserError(f"storage path {path} has the scheme {scheme!r}; it must be a folder, file:///... or s3://...")
+        raise UserError(
+            f"storage path {scheme}://{rest} has the scheme {scheme!r}; it must be a folder, file:///... or s3://..."
+        )
     bucket = rest.split("/")[0]
     if not bucket or "@" in bucket or "?" in rest:
         raise UserError(

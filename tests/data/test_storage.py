@@ -32,7 +32,10 @@ def test_the_folder_of_a_copy_is_absolute_and_lies_in_the_users_own(monkeypatch:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("gs://bucket/x", "has the scheme 'gs'; it must be a folder, file:///... or s3://..."),
+        (
+            "gs://bucket/x",
+            "storage path gs://bucket/x has the scheme 'gs'; it must be a folder, file:///... or s3://...",
+        ),
         ("s3://", "storage path s3:// must be s3://bucket/prefix and no more"),
         ("s3://me:hush@bucket/x", "storage path s3://bucket must be s3://bucket/prefix and no more"),
         ("s3://bucket/x?region=eu", "give keys, region and endpoint in the environment"),
