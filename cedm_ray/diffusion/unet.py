@@ -1,6 +1,8 @@
 """The DDPM++ U-Net: noisy image, noise level and condition in, raw network output F out."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,35 +51,15 @@ class UNet(nn.Module):
         self.map_layer0 = nn.Linear(model_channels, emb)
         self.map_layer1 = nn.Linear(emb, emb)
 
-        widths = [model_channels * m for m in channel_mult]
-        sides = [img_resolution >> level for level in range(len(widths))]
-        attends = [side in attn_resolutions for side in sides]
+        sides = [img_resolution >> i for i in range(len(channel_mult))]
+        levels = [
+            _Level(side, model_channels * m, side in attn_resolutions)
+            for side, m in zip(sides, channel_mult, strict=True)
+        ]
         self.first_conv = nn.Conv2d(img_channels, model_channels, 3, padding=1)
-        self.encoder = nn.ModuleDict()
-        channels = model_channels
-        kept = [channels]  # channels of every encoder output: the decoder takes them back in reverse
-        for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
-            if level > 0:
-                self.encoder[f"{side}x{side}_down"] = Block(channels, channels, emb, dropout, resample="down")
-                kept.append(channels)
-            for i in range(num_blocks):
-                self.encoder[f"{side}x{side}_block{i}"] = Block(channels, width, emb, dropout, attends[level])
-                channels = width
-                kept.append(channels)
-
-        self.decoder = nn.ModuleDict()
-        for level in reversed(range(len(widths))):
-            side, width = sides[level], widths[level]
-            if level == len(widths) - 1:
-                self.decoder[f"{side}x{side}_in0"] = Block(channels, channels, emb, dropout, attention=True)
-                self.decoder[f"{side}x{side}_in1"] = Block(channels, channels, emb, dropout)
-            else:
-                self.decoder[f"{side}x{side}_up"] = Block(channels, channels, emb, dropout, resample="up")
-            for i in range(num_blocks + 1):
-                attention = attends[level] and i == num_blocks
-                joined = channels + kept.pop()
-                self.decoder[f"{side}x{side}_block{i}"] = Block(joined, width, emb, dropout, attention)
-                channels = width
+        self.encoder, kept = _encoder(model_channels, levels, num_blocks, emb, dropout)
+        self.decoder = _decoder(kept, levels, num_blocks, emb, dropout)
+        channels = levels[0].width
         self.out_norm = group_norm(channels)
         self.out_conv = nn.Conv2d(channels, img_channels, 3, padding=1)
         self.reset_parameters()
@@ -137,3 +119,49 @@ class UNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.out_conv(F.silu(self.out_norm(x.to(self.out_conv.weight.dtype))))
         return out
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Blocks of one resolution."""
+
+    side: int
+    width: int
+    """Channels that its blocks give."""
+    attends: bool
+
+    def name(self, part: str) -> str:
+        return f"{self.side}x{self.side}_{part}"
+
+
+def _encoder(
+    channels: int, levels: Sequence[_Level], num_blocks: int, emb: int, dropout: float
+) -> tuple[nn.ModuleDict, list[int]]:
+    """The blocks on the way down, and the channels that each step leaves, that of the first convolution before them."""
+    blocks, kept = nn.ModuleDict(), [channels]
+    for i, level in enumerate(levels):
+        if i > 0:
+            blocks[level.name("down")] = Block(channels, channels, emb, dropout, resample="down")
+            kept.append(channels)
+        for j in range(num_blocks):
+            blocks[level.name(f"block{j}")] = Block(channels, level.width, emb, dropout, level.attends)
+            channels = level.width
+            kept.append(channels)
+    return blocks, kept
+
+
+def _decoder(kept: Sequence[int], levels: Sequence[_Level], num_blocks: int, emb: int, dropout: float) -> nn.ModuleDict:
+    """The blocks on the way up, which take back what the encoder kept, the last first."""
+    blocks, left, channels = nn.ModuleDict(), list(kept), kept[-1]
+    for i, level in reversed(list(enumerate(levels))):
+        if i == len(levels) - 1:
+            blocks[level.name("in0")] = Block(channels, channels, emb, dropout, attention=True)
+            blocks[level.name("in1")] = Block(channels, channels, emb, dropout)
+        else:
+            blocks[level.name("up")] = Block(channels, channels, emb, dropout, resample="up")
+        for j in range(num_blocks + 1):
+            joined = channels + left.pop()
+            attention = level.attends and j == num_blocks
+            blocks[level.name(f"block{j}")] = Block(joined, level.width, emb, dropout, attention)
+            channels = level.width
+    return blocks
