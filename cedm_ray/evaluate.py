@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,7 +95,6 @@ class Piles:
     unconditional: Path | None
 
 
-@for_this_user()
 def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> list[Score]:
     """Score generated images; features that an earlier evaluation or search made are read.
 
@@ -112,15 +111,16 @@ def evaluate(settings: EvaluateSettings, terminal: Terminal | None = None) -> li
     terminal = terminal or Terminal()
     if settings.out is not None:
         _try_out(settings.out.expanduser())
-    hashes = check_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
-    try_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
-    store = Store(prepare_storage(settings.storage()) / "store")
-    piles = _piles(settings, store, terminal)
-    found: list[Score] = []
-    for name in settings.detectors:
-        weights = {"inception": settings.detector_weights, "dinov2": settings.dinov2_weights}.get(name)
-        spec = lenet_spec(piles.real, store) if name == "lenet" else DetectorSpec(name, weights, hashes[name])
-        found += _scores(settings, piles, spec, store, terminal)
+    with for_this_user():
+        hashes = check_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
+        try_detectors(settings.detectors, settings.detector_weights, settings.dinov2_weights)
+        store = Store(prepare_storage(settings.storage()) / "store")
+        piles = _piles(settings, store, terminal)
+        found: list[Score] = []
+        for name in settings.detectors:
+            weights = {"inception": settings.detector_weights, "dinov2": settings.dinov2_weights}.get(name)
+            spec = lenet_spec(piles.real, store) if name == "lenet" else DetectorSpec(name, weights, hashes[name])
+            found += _scores(settings, piles, spec, store, terminal)
     return found
 
 
@@ -216,7 +216,6 @@ def _written(out: Path) -> Iterator[None]:
         raise UserError(f"out {out} cannot be written ({reason}); give another file with --out") from error
 
 
-@for_this_user()
 def write_scores(settings: EvaluateSettings, scores: Sequence[Score]) -> Path:
     """Keep scores, with what was compared, as JSON; returns the file.
 
@@ -224,10 +223,11 @@ def write_scores(settings: EvaluateSettings, scores: Sequence[Score]) -> Path:
         UserError: If it cannot be written.
     """
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    del asked["storage_copies"]  # where a bucket's copy lies changes no score
     facts = {"settings": asked, "scores": [asdict(score) for score in scores]}
     default = settings.storage() / "evaluations" / f"{key_of(facts)}.json"
     out = default if settings.out is None else settings.out.expanduser()
-    with _written(out):
+    with nullcontext() if settings.out else for_this_user(), _written(out):
         write_json(out, facts)
     keep_file(out)
     return out

@@ -3,6 +3,7 @@ import os
 import re
 import stat
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +113,36 @@ def test_scores_that_cannot_be_written_after_all_are_one_line(tmp_path: Path) ->
         write_scores(EvaluateSettings("samples", storage_path=tmp_path / "runs"), [])
 
 
-def test_scores_are_for_their_user_alone(tmp_path: Path) -> None:
-    settings = EvaluateSettings("samples", storage_path=tmp_path / "runs")
+@pytest.fixture
+def others_may_read() -> Iterator[None]:
     before = os.umask(0o022)
-    try:
-        file = write_scores(settings, [])
-    finally:
-        os.umask(before)
-    assert file.parent == tmp_path / "runs" / "evaluations"
-    assert [stat.S_IMODE(each.stat().st_mode) for each in (file, file.parent)] == [0o600, 0o700]
+    yield
+    os.umask(before)
+
+
+def rights(*paths: Path) -> list[int]:
+    return [stat.S_IMODE(path.stat().st_mode) for path in paths]
+
+
+def test_scores_are_for_their_user_alone(tmp_path: Path, others_may_read: None) -> None:
+    file = write_scores(EvaluateSettings("samples", storage_path=tmp_path / "runs"), [])
+    assert file.parent == tmp_path / "runs" / "evaluations" and rights(file, file.parent) == [0o600, 0o700]
+
+
+def test_scores_that_go_to_a_place_of_the_user_s_own_have_that_place_s_rights(
+    tmp_path: Path, others_may_read: None
+) -> None:
+    settings = EvaluateSettings(
+        "samples", dataset="gone", storage_path=tmp_path / "runs", out=tmp_path / "new" / "s.json"
+    )
+    with pytest.raises(UserError):  # after the place was tried out
+        evaluate.evaluate(settings)
+    assert rights(write_scores(settings, []), tmp_path / "new") == [0o644, 0o755]
+
+
+def test_where_a_bucket_s_copy_lies_does_not_name_the_scores(tmp_path: Path) -> None:
+    one, two = (EvaluateSettings("samples", storage_path=tmp_path, storage_copies=Path(copies)) for copies in "ab")
+    assert write_scores(one, []) == write_scores(two, [])
 
 
 def opened(path: Path) -> None:

@@ -23,6 +23,7 @@ from cedm_ray.stages.storage.bucket_entries import MARK, fetch_entry, here, keep
 from cedm_ray.stages.storage.checkpoints import keep_in_bucket, newest_whole
 from cedm_ray.stages.storage.claim import claimed
 from cedm_ray.stages.storage.mirror import Mirror
+from cedm_ray.weights.whole_file import whole_file
 
 boto3 = pytest.importorskip("boto3")
 
@@ -389,6 +390,23 @@ def test_what_a_driver_writes_is_in_the_bucket_and_on_the_next_machine(
     second.push()
     Mirror(run).fetch()
     assert len(json.loads((run / "trials.json").read_text())) == 2  # a driver elsewhere has gone on since
+
+
+def test_a_record_that_is_being_written_does_not_go_to_the_bucket(
+    server: tuple[str, Any], asked: Any, tmp_path: Path
+) -> None:
+    one, two = (copy_of(server, tmp_path / name, "half-written") for name in ("one", "two"))
+    trial = one / "store" / "trials" / "k"
+    trial.mkdir(parents=True)
+    (trial / "trial.json").write_text('{"checkpoint": 1}')
+    first = Mirror(one / "digits-1")
+    first.own()
+    with whole_file(trial / "trial.json") as partial:
+        partial.write_text('{"checkp')
+        assert first.push() == 1
+        bucket_files.keep_file(partial)  # an earlier driver may have left one there
+    Mirror(two / "digits-1").fetch()
+    assert contents(two / "store").keys() == {"trials/k/trial.json"}
 
 
 def test_the_result_reaches_the_bucket_after_everything_that_it_speaks_of(

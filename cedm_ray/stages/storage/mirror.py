@@ -60,7 +60,7 @@ class Mirror:
             return
         found = {self.run / name for name in bucket.listed(self.run) if not _is_local(name)}
         trials = self.root / "store" / "trials"
-        found |= {trials / name for name in bucket.listed(trials) if name.count("/") == 1 and name.endswith(".json")}
+        found |= {trials / name for name in bucket.listed(trials) if _is_record(name)}
         for folder in (self.root / name for name in SHARED):
             found |= {folder / name for name in bucket.listed(folder)}
         if bucket.exists(self.root / DATABASE_FILE):
@@ -151,7 +151,8 @@ class Mirror:
                 yield file
         for name in SHARED:
             yield from _below(self.root / name)
-        yield from (self.root / "store" / "trials").glob("*/*.json")
+        trials = self.root / "store" / "trials"
+        yield from (file for file in trials.glob("*/*.json") if _is_record(file.relative_to(trials).as_posix()))
         if (self.root / DATABASE_FILE).is_file():
             yield self.root / DATABASE_FILE
 
@@ -177,6 +178,12 @@ def _below(folder: Path) -> Iterator[Path]:
         parts = file.relative_to(folder).parts
         if file.is_file() and not any(part.startswith(".") for part in parts):
             yield file
+
+
+def _is_record(name: str) -> bool:
+    """Whether a path below the trials is a JSON file of one of them, and not one that is being written."""
+    folder, _, file = name.partition("/")
+    return bool(folder) and file.endswith(".json") and "/" not in file and not file.startswith(".")
 
 
 def _is_local(name: str) -> bool:
