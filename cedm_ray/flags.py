@@ -65,6 +65,6 @@ def _unboxed(text: str, more: str) -> str:
         said.append(line)
     message = one_line(" ".join(said[1:] or said)).removeprefix("Error parsing ")
     if message.startswith("Unrecognized options"):
-        similar = re.findall(r"^│ {5}(--\S+)", text, flags=re.MULTILINE)  # its help stands further to the right
+        similar = sorted(re.findall(r"^│ {5}(--\S+)", text, flags=re.MULTILINE))  # help stands further to the right
         message += f"; did you mean {' or '.join(similar)}?" if similar else ""
     return f"{message} ({more})"
