@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from cedm_ray.errors import UserError
 from cedm_ray.report.groupings import compare_groupings
 from cedm_ray.report.pages import LeftOut, Page, pages
 from cedm_ray.report.run import Run
+from cedm_ray.weights.whole_file import whole_file
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def write_page(page: Page, file: Path) -> None:
     """Write a figure, a picture, a text or a copy of a file: whole, or the file that was there stays as it was."""
     if isinstance(page, Path) and file.exists() and page.samefile(file):
         return
-    partial = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
+    with whole_file(file) as partial:
         if isinstance(page, Figure):
             page.savefig(partial, dpi=120)
         elif isinstance(page, Image.Image):
@@ -84,6 +83,3 @@ def write_page(page: Page, file: Path) -> None:
             partial.write_text(page, encoding="utf-8")
         else:
             shutil.copyfile(page, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from cedm_ray.stages.checkup.finding import Finding
 from cedm_ray.stages.checkup.web import answer_of
 from cedm_ray.stages.storage.disk_faults import find_fault
 from cedm_ray.stages.storage.storage_errors import Disk, Need
+from cedm_ray.weights.whole_file import whole_file
 
 PROBE_BYTES = 2**20
 DATABASE_TIMEOUT_S = 2.0
@@ -45,12 +46,10 @@ def write_probe(file: Path) -> None:
     Raises:
         OSError: If the folder is missing, read-only or full.
     """
-    partial = file.with_name(f".{file.name}")
-    with partial.open("wb") as out:
+    with whole_file(file) as partial, partial.open("wb") as out:
         out.write(bytes(PROBE_BYTES))
         out.flush()
         os.fsync(out.fileno())
-    partial.replace(file)
 
 
 def the_search() -> Need:
